@@ -55,12 +55,13 @@ $(STAMPS)/python:
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@mkdir -p $(@D) && touch $@
 
-# torch first and alone: the pinned version keeps other packages from pulling another build of it.
+# torch first and alone: once its pinned version is there, no other package pulls another build of it.
 $(STAMPS)/torch: constraints.txt | $(STAMPS)/python
-	$(INSTALL) torch
+	$(info Installing into $(VENV); the first time this takes some minutes.)
+	$(BIN)/python -m pip install --constraint constraints.txt torch
 	@touch $@
 
-$(STAMPS)/package: pyproject.toml lightning_peft/version.py $(STAMPS)/torch
+$(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 	$(INSTALL) --editable '.[plots]'
 	@touch $@
 

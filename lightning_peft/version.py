@@ -1,3 +1,0 @@
-"""The version, in the one place that the build, the package and the documents read it from."""
-
-__version__ = "0.1.0"
