@@ -1,0 +1,314 @@
+"""The handle on what was injected into a model."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.delta import SLOT, Delta, NotMergeable, attach, detach
+from lightning_peft.delta import hold_in_eval, release, slot_of
+from lightning_peft.errors import AdapterError, near_misses
+
+if TYPE_CHECKING:
+    from lightning_peft.method import Method
+
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_NORM = nn.modules.batchnorm._NormBase
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what compilation and sharding wrappers put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def adapters_of(model: nn.Module) -> dict[str, "Adapter"]:
+    """Return the adapters that `model` or a module inside it carries, by name."""
+    return {n: a for m in model.modules() for n, a in m.__dict__.get("_adapters", {}).items()}
+
+
+class Adapter:
+    """What one call of `inject` added to a model: its parameters, its state, and the way back.
+
+    Attributes:
+        model: the module that was injected.
+        name: the adapter's name.
+        methods: the methods, in order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        methods: Sequence["Method"],
+        deltas: Sequence[tuple[str, str, Delta]],
+        in_place: Sequence[str],
+    ) -> None:
+        self.model, self.name, self.methods = model, name, tuple(methods)
+        self._check(in_place)
+        self._required = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.requires_grad_(False)
+        self._hosts = [(host, f"{name}_{kind}") for host, kind, _ in deltas]
+        for (host, key), (_, _, delta) in zip(self._hosts, deltas, strict=True):
+            attach(model.get_submodule(host), key, delta)
+        self.in_place = sorted(set(in_place))
+        self._held = _hold_frozen_norms(model, self.in_place)
+        self._originals = self._set_aside() if in_place else {}
+        _register(self)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(repr(method) for method in self.methods)
+        return f"Adapter({self.name!r}, [{methods}], {self.num_parameters:,} parameters)"
+
+    @property
+    def deltas(self) -> list[tuple[str, nn.Module, Delta]]:
+        """The host's name, the host and the delta, for each delta in the order of attachment."""
+        hosts = [(name, key, self.model.get_submodule(name)) for name, key in self._hosts]
+        return [(name, host, cast(Delta, slot_of(host)[key])) for name, key, host in hosts]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many scalars are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the adapter's state takes."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, sorted by name; names are those of `model.named_parameters()`."""
+        named = {plain_name(n): p for n, p in self.model.named_parameters()}
+        roots = tuple(self._roots())
+        names = [n for n in named if f"{SLOT}." in n and n.startswith(roots)]
+        return {n: named[n] for n in sorted([*names, *self.in_place])}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what is trained, sorted by name."""
+        return list(self.named_parameters().values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the trained tensors and the buffers that they need, by the model's own keys."""
+        return {name: tensor.detach() for name, tensor in self._tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the adapter, all or nothing.
+
+        Raises:
+            AdapterError: a tensor is missing, unexpected, misshapen, of another kind or not finite.
+        """
+        own = self._tensors()
+        check_state(own, state, f"adapter `{self.name}`")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Within this context the model computes what it did before the injection, bitwise.
+
+        Raises:
+            AdapterError: the originals of what is trained in place were not kept.
+        """
+        self._require_originals("disabled()")
+        active = [delta for _, _, delta in self.deltas if delta.active]
+        tuned = self._swap(self._originals)
+        for delta in active:
+            delta.active = False
+        try:
+            yield self.model
+        finally:
+            self._swap(tuned)
+            for delta in active:
+                delta.active = True
+
+    def remove(self) -> nn.Module:
+        """Take the adapter out and return the model as it was before the injection, bitwise.
+
+        Raises:
+            AdapterError: the originals of what is trained in place were not kept.
+        """
+        self._require_originals("remove()")
+        self._swap(self._originals)
+        return self._forget()
+
+    def merge(self) -> nn.Module:
+        """Fold the deltas into the model's weights and return the model, now a plain one.
+
+        What was trained in place stays as trained. The weights get new storage; where a delta
+        cannot be merged nothing is changed.
+
+        Raises:
+            NotMergeable: a delta cannot be folded in, or the weight is shared with another module.
+        """
+        before = [(p, p.data) for _, host, _ in self.deltas for p in host.parameters(recurse=False)]
+        try:
+            self._refuse_shared()
+            for _, host, delta in self.deltas:
+                delta.merge(host)
+        except Exception:
+            for parameter, data in before:
+                parameter.data = data
+            raise
+        return self._forget()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter to `folder` as safetensors with a readable configuration."""
+        from lightning_peft.files.adapter_folder import save_adapter
+
+        return save_adapter(self, folder)
+
+    def hold_back(self, epoch: int) -> None:
+        """Drop the gradients of what a method does not train yet in `epoch` (counted from 0)."""
+        starts = {n: e for m in self.methods for n, e in m.start_epochs(self.model).items()}
+        named = self.named_parameters() if starts else {}
+        for name, start in starts.items():
+            if epoch < start:
+                named[name].grad = None
+
+    def _check(self, in_place: Sequence[str]) -> None:
+        present = adapters_of(self.model)
+        if self.name in present:
+            raise AdapterError(
+                f"The model already carries {present[self.name]!r}: call its `remove()` first, or "
+                "give this one another `name`."
+            )
+        if not self.name.replace("_", "").replace("-", "").isalnum():
+            raise AdapterError(
+                f"`name` must be letters, digits, `_` and `-`, but is {self.name!r} instead."
+            )
+        taken = {name for other in present.values() for name in other.in_place} & set(in_place)
+        if taken:
+            raise AdapterError(f"`{min(taken)}` is already trained in place by another adapter.")
+
+    def _roots(self) -> list[str]:
+        return [f"{host}.{SLOT}.{key}.".lstrip(".") for host, key in self._hosts]
+
+    def _set_aside(self) -> dict[str, Tensor] | None:
+        # The base's own storage is put aside, and a copy is trained: pointers are enough to go back.
+        originals = {}
+        for name, tensor in self._in_place_tensors().items():
+            originals[name] = tensor.detach()
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
+        if not all(method.keeps_original for method in self.methods):
+            return None
+        self._swap({name: tensor.clone() for name, tensor in originals.items()})
+        return originals
+
+    def _in_place_tensors(self) -> dict[str, Tensor]:
+        owners = {name.rpartition(".")[0] for name in self.in_place}
+        named = {plain_name(n): p for n, p in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {name: named[name] for name in self.in_place}
+        for owner in sorted(owners):
+            module = self.model.get_submodule(owner)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    tensors[f"{owner}.{name}".lstrip(".")] = buffer
+        return tensors
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        for root, (_, _, delta) in zip(self._roots(), self.deltas, strict=True):
+            tensors |= {f"{root}{name}": buffer for name, buffer in delta.named_buffers()}
+        return tensors | (self._in_place_tensors() if self.in_place else {})
+
+    def _swap(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        replaced, present = {}, self._in_place_tensors() if tensors else {}
+        for name, tensor in (tensors or {}).items():
+            target = present[name]
+            if type(target.data) is not torch.Tensor:
+                raise AdapterError(f"`{name}` is sharded over processes and cannot be exchanged.")
+            replaced[name] = target.detach()
+            target.data = tensor.to(target.device, target.dtype)
+        return replaced
+
+    def _require_originals(self, what: str) -> None:
+        if self._originals is None:
+            raise AdapterError(
+                f"`{what}` needs the weights from before the training, which were not kept: "
+                "set `keep_original=True` in the method."
+            )
+
+    def _refuse_shared(self) -> None:
+        named = self.model.named_parameters(remove_duplicate=False)
+        owners = Counter(id(parameter) for _, parameter in named)
+        for name, host, _ in self.deltas:
+            if any(owners[id(p)] > 1 for p in host.parameters(recurse=False)):
+                raise NotMergeable(f"`{name}` shares its weight with another module.")
+
+    def _forget(self) -> nn.Module:
+        for module, training in reversed(self._held):
+            release(module, training)
+        for host, key in reversed(self._hosts):
+            detach(self.model.get_submodule(host), key)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required.get(plain_name(name), False))
+        _unregister(self)
+        return self.model
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a `state` that is not exactly what `own` tensors can hold.
+
+    Raises:
+        AdapterError: a tensor is missing, unexpected, misshapen, of another kind or not finite.
+    """
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if extra:
+        raise AdapterError(
+            f"`{extra[0]}` is unexpected in {where} ({len(extra)} in all)."
+            f"{near_misses(extra[0], missing)}"
+        )
+    if missing:
+        raise AdapterError(f"`{missing[0]}` is missing in {where} ({len(missing)} in all).")
+    for name, tensor in own.items():
+        _check_tensor(name, tensor, state[name])
+
+
+def _check_tensor(name: str, own: Tensor, new: Any) -> None:
+    if not isinstance(new, Tensor):
+        raise AdapterError(f"`{name}` must be a tensor, but is {type(new).__name__} instead.")
+    if own.shape != new.shape:
+        raise AdapterError(
+            f"`{name}` must have shape {tuple(own.shape)}, but has {tuple(new.shape)} instead."
+        )
+    if own.is_floating_point() != new.is_floating_point():
+        raise AdapterError(f"`{name}` must be {own.dtype}, but is {new.dtype} instead.")
+    if new.is_floating_point() and not new.isfinite().all():
+        raise AdapterError(f"`{name}` holds NaN or infinite values.")
+
+
+def _register(adapter: Adapter) -> None:
+    adapter.model.__dict__.setdefault("_adapters", {})[adapter.name] = adapter
+    _tell_transformers(adapter.model)
+
+
+def _unregister(adapter: Adapter) -> None:
+    registry = adapter.model.__dict__["_adapters"]
+    del registry[adapter.name]
+    if not registry:
+        del adapter.model.__dict__["_adapters"]
+    _tell_transformers(adapter.model)
+
+
+def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[tuple[nn.Module, bool]]:
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _NORM)]
+    trained = {name.rpartition(".")[0] for name in in_place}
+    held = [(m, m.training) for n, m in norms if m.track_running_stats and n not in trained]
+    for module, _ in held:
+        hold_in_eval(module)
+    return held
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Keep what adapters added out of `save_pretrained`, through transformers' own list for that."""
+    for module in model.modules():
+        if isinstance(ignored := module.__dict__.get("_keys_to_ignore_on_save"), set):
+            kept = {name for name in ignored if f"{SLOT}." not in name}
+            added = {name for name in module.state_dict() if f"{SLOT}." in name}
+            module.__dict__["_keys_to_ignore_on_save"] = kept | added

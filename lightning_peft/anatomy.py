@@ -1,0 +1,265 @@
+"""Where a model keeps its layers, attention, feed-forward, embeddings and head.
+
+Found by structure, not by a list of model names: a layer stack is a container of alike blocks, the
+head is what stands behind the pretrained core, and so on. Every function skips what adapters added.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_peft.delta import SLOT
+
+_STACKS = (nn.ModuleList, nn.Sequential)
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
+_HEAD_NAMES = ("classifier", "score", "head", "fc")
+"""The field's usual names of a task head, for a model without a layer stack to stand behind."""
+
+Named = tuple[str, nn.Module]
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[Named]:
+    """Yield every module once with its dotted name, the adapters' own left out."""
+    for name, module in model.named_modules(prefix=prefix):
+        if SLOT not in name.split("."):
+            yield name, module
+
+
+def layers(model: nn.Module) -> list[Named]:
+    """Return the blocks of the model's layer stacks in order, encoder before decoder.
+
+    A stack is a `ModuleList` of composite blocks, or a `Sequential` of at least two blocks of one
+    class. Where some stacks hold attention the others (convolutional stems) do not count, and a
+    stack of stages (Swin) is opened to the blocks inside.
+    """
+    if not any(child._modules for child in model.children()):
+        return []
+    found = list(_outermost_stacks("", model))
+    attentive = [stack for stack in found if any(_has_attention(block) for _, block in stack)]
+    return [block for stack in attentive or found for block in stack]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a Linear layer, or transformers' `Conv1D`, its transposed sibling."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' `Conv1D`, whose weight has shape `(in, out)`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_uncalled(module: nn.Module) -> bool:
+    """Whether the parent reads this module's weight without calling it."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module is an attention block: it says so, and it owns projections."""
+    named = (
+        isinstance(module, nn.MultiheadAttention) or "attention" in type(module).__name__.lower()
+    )
+    return named and any(is_linear(child) for _, child in base_modules(module))
+
+
+def attentions(model: nn.Module) -> list[Named]:
+    """Return the outermost attention module of each attention sub-layer."""
+    found: list[Named] = []
+    for name, module in base_modules(model):
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if is_attention(module) and not inside:
+            found.append((name, module))
+    return found
+
+
+def feed_forwards(model: nn.Module) -> list[Named]:
+    """Return the linear layers inside the layer stack that belong to no attention module."""
+    inside = tuple(f"{name}." for name, _ in attentions(model))
+    return [(name, module) for name, module in _linears(model) if not name.startswith(inside)]
+
+
+def embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
+    """Return the embedding tables."""
+    return [(n, m) for n, m in base_modules(model) if isinstance(m, nn.Embedding)]
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Return the number of rows of the word embedding: the first table that is registered."""
+    return next((table.num_embeddings for _, table in embeddings(model)), None)
+
+
+def speaks(module: nn.Module, vocabulary: int | None) -> bool:
+    """Whether a linear layer in `module` projects onto the `vocabulary`, and is thus pretrained."""
+    linear = [m for _, m in base_modules(module) if isinstance(m, nn.Linear)]
+    return any(m.weight.shape[0] == vocabulary for m in linear)
+
+
+def projections(model: nn.Module) -> list[Named]:
+    """Return what a low-rank method adapts by default.
+
+    The linear layers of the layer stack; without any its convolutions; without a stack all linear
+    and convolutional layers but the head's.
+    """
+    stack, heads = layers(model), tuple(name for name, _ in head(model))
+    within = [named for n, block in stack or [("", model)] for named in base_modules(block, n)]
+    within = [(n, m) for n, m in within if not under(n, heads) and not is_uncalled(m)]
+    linear = [named for named in within if is_linear(named[1])]
+    if linear and stack:
+        return linear
+    return [named for named in within if named in linear or is_dense_convolution(named[1])]
+
+
+def is_dense_convolution(module: nn.Module) -> bool:
+    """Whether the module is a convolution over 1 or 2 dimensions that mixes all its channels."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1
+
+
+def head(model: nn.Module) -> list[Named]:
+    """Return the task's head: fresh modules behind the pretrained core.
+
+    What stands beside the core on the way from the root to it and is made of linear and
+    normalisation layers only. A projection onto the vocabulary is pretrained, hence no head.
+    """
+    core = _core(model)
+    if core is None:
+        named = [(n, m) for n, m in model.named_children() if n in _HEAD_NAMES and _is_dense(m)]
+        return named[-1:]
+    found: list[Named] = []
+    for name, parent, child in _path(model, core):
+        children = list(parent.named_children())
+        start = [module for _, module in children].index(child) + 1
+        behind = children if _is_transformers(child) else children[start:]
+        found += [(f"{name}{key}", m) for key, m in behind if m is not child and _is_dense(m)]
+    return [(name, m) for name, m in found if not speaks(m, vocabulary(model))]
+
+
+def head_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the head's parameters."""
+    return [f"{name}.{p}" for name, module in head(model) for p, _ in module.named_parameters()]
+
+
+def above_layers(model: nn.Module) -> list[str]:
+    """Return the parameters that come after the last layer (pooler, final norm, head).
+
+    A projection onto the vocabulary does not count.
+    """
+    last = layers(model)[-1][0] + "."
+    names = [name for name, _ in model.named_parameters() if f".{SLOT}." not in f".{name}"]
+    after = names[max(i for i, name in enumerate(names) if name.startswith(last)) + 1 :]
+    speaking = tuple(
+        f"{name}."
+        for name, module in base_modules(model)
+        if is_linear(module) and speaks(module, vocabulary(model))
+    )
+    return [name for name in after if not name.startswith(speaking)]
+
+
+def _outermost_stacks(prefix: str, module: nn.Module) -> Iterator[list[Named]]:
+    for key, child in module.named_children():
+        if _is_stack(child):
+            yield from _opened([(f"{prefix}{key}.{k}", m) for k, m in child.named_children()])
+        elif key != SLOT:
+            yield from _outermost_stacks(f"{prefix}{key}.", child)
+
+
+def _opened(blocks: list[Named]) -> list[list[Named]]:
+    """Return the stacks of alike blocks inside stages, or `blocks` as one stack.
+
+    A layer of a transformer may own a stack of experts; a stage owns all its attention, or where
+    there is none most of its weights, inside one stack of alike blocks.
+    """
+    inner = [stack for _, block in blocks for stack in _uniform_stacks(block)]
+    outer, nested = [b for _, b in blocks], [block for stack in inner for block in stack]
+    count = _attention_count if any(map(_has_attention, outer)) else _weight_count
+    if not nested or count(nested) <= 0.5 * count(outer):
+        return [blocks]
+    names = {id(m): f"{n}.{k}" for n, block in blocks for k, m in block.named_modules()}
+    return [[(names[id(m)], m) for m in stack] for stack in inner]
+
+
+def _uniform_stacks(block: nn.Module) -> list[list[nn.Module]]:
+    stacks = [list(m.children()) for _, m in base_modules(block) if m is not block and _is_stack(m)]
+    uniform = [stack for stack in stacks if len({type(m) for m in stack}) == 1]
+    return [stack for stack in uniform if not _is_nested(stack[0], uniform)]
+
+
+def _is_nested(module: nn.Module, stacks: list[list[nn.Module]]) -> bool:
+    tops = [top for stack in stacks for top in stack if top is not module]
+    return any(module is m for top in tops for m in top.modules())
+
+
+def _is_stack(module: nn.Module) -> bool:
+    children = list(module.children())
+    composite = bool(children) and all(list(c.children()) and _weight_count([c]) for c in children)
+    if isinstance(module, nn.Sequential):
+        return composite and len(children) > 1 and len({type(c) for c in children}) == 1
+    return isinstance(module, nn.ModuleList) and composite
+
+
+def _has_attention(module: nn.Module) -> bool:
+    return any(is_attention(m) for _, m in base_modules(module))
+
+
+def _attention_count(blocks: list[nn.Module]) -> int:
+    return sum(len(attentions(block)) for block in blocks)
+
+
+def _weight_count(blocks: list[nn.Module]) -> int:
+    return sum(p.numel() for block in blocks for p in block.parameters())
+
+
+def _linears(model: nn.Module) -> list[Named]:
+    return [
+        (name, module)
+        for prefix, block in layers(model)
+        for name, module in base_modules(block, prefix)
+        if is_linear(module) and not is_uncalled(module)
+    ]
+
+
+def _path(model: nn.Module, core: str) -> list[tuple[str, nn.Module, nn.Module]]:
+    """Return (prefix, parent, child) from the root down to the pretrained core."""
+    path, prefix, parent = [], "", model
+    for key in core.split("."):
+        child = parent._modules[key]
+        assert child is not None
+        path.append((prefix, parent, child))
+        prefix, parent = f"{prefix}{key}.", child
+    return path
+
+
+def _core(model: nn.Module) -> str | None:
+    """Return the name of the headless pretrained model, or of the last layer stack."""
+    for name, module in base_modules(model):
+        if _is_transformers(module):
+            inner = getattr(module, "base_model_prefix", "")
+            has_head = bool(inner) and isinstance(module._modules.get(inner), nn.Module)
+            return _join(name, inner) if has_head else name or None
+    stack = layers(model)
+    return stack[-1][0].rpartition(".")[0] if stack else None
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether all weights are those of linear and normalisation layers, linear ones among them."""
+    owners = [m for _, m in base_modules(module) if list(m.parameters(recurse=False))]
+    return any(map(is_linear, owners)) and all(
+        is_linear(m) or isinstance(m, _NORMS) for m in owners
+    )
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def under(name: str, roots: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of `roots` or lies below one."""
+    return any(name == root or name.startswith(f"{root}.") for root in roots)

@@ -1,0 +1,174 @@
+"""A delta changes what one module computes; this is the only file that touches a module.
+
+A delta becomes a child of its host under one reserved name, a pair of forward hooks applies it, and
+an empty subclass of the host's own class marks it. So every state-dict key of the base stays,
+`isinstance` still holds, copies and pickles carry the delta, a compiled graph of an unmarked sibling
+is not reused (its guard sees another type), and fast paths that read weights directly switch off.
+"""
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import AdapterError
+
+SLOT = "lightning_peft"
+"""The name under which a host module keeps its deltas."""
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class NotMergeable(AdapterError):
+    """The change cannot be written into the host's weights."""
+
+
+class Delta(nn.Module):
+    """What a method adds to one module; active from the start.
+
+    Its floating-point tensors never become narrower than they were made: when the model is cast to
+    bfloat16 the delta stays a float32 master copy, so that small optimizer steps are not lost.
+    """
+
+    active = True
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the host's inputs, changed."""
+        return args, kwargs
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the host's `output`, changed; `args` and `kwargs` are what the host received."""
+        return output
+
+    def reset_parameters(self) -> None:
+        """Initialise in place (a model built on the meta device calls this on each module)."""
+
+    def merge(self, module: nn.Module) -> None:
+        """Fold the change into the weights of the host `module`.
+
+        Raises:
+            NotMergeable: no weight of the host can hold the change.
+        """
+        raise NotMergeable(
+            f"`{type(self).__name__}` cannot be merged into {type(module).__name__}."
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Delta":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.dtype in _HALF and tensor.dtype not in _HALF
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+def attach(module: nn.Module, name: str, delta: Delta) -> None:
+    """Let `delta` change what `module` computes, after the deltas that it already carries.
+
+    Raises:
+        AdapterError: the module already carries a delta of that name, or is a plain container.
+    """
+    slot = slot_of(module) if SLOT in module._modules else _open(module)
+    if name in slot:
+        raise AdapterError(f"A {type(module).__name__} already carries a delta `{name}`.")
+    slot[name] = delta
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take the delta `name` from `module`; with the last one the module is what it was before."""
+    slot = slot_of(module)
+    del slot[name]
+    if not slot:
+        _close(module)
+
+
+def slot_of(module: nn.Module) -> nn.ModuleDict:
+    """Return the deltas of a host module by name."""
+    return cast(nn.ModuleDict, module._modules[SLOT])
+
+
+class _HeldInEval:
+    def train(self: Any, mode: bool = True) -> Any:
+        return super().train(False)  # type: ignore[misc]
+
+
+def hold_in_eval(module: nn.Module) -> None:
+    """Keep a frozen normalisation in eval mode, or its running statistics drift in training."""
+    module.__class__ = subclass(type(module), _HeldInEval)
+    module.eval()
+
+
+def release(module: nn.Module, training: bool) -> None:
+    """Undo `hold_in_eval`; `training` is the mode that the module had."""
+    module.__class__ = superclass(type(module))
+    module.train(training)
+
+
+@functools.cache
+def subclass(base: type, *mixins: type) -> type:
+    """Return the one subclass of `base` with `mixins` in front, which prints and pickles like it."""
+    body = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"__reduce_ex__": _reduce, "_made_of": (base, mixins)}
+    return type(base.__name__, (*mixins, base), body)
+
+
+def superclass(marked: type) -> type:
+    """Return the class that `subclass` was given for `marked`."""
+    base: type = marked._made_of[0]  # type: ignore[attr-defined]
+    return base
+
+
+def _rebuild(base: type, mixins: tuple[type, ...]) -> Any:
+    marked = subclass(base, *mixins)
+    return marked.__new__(marked)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    return _rebuild, type(self)._made_of, self.__getstate__()
+
+
+def _open(module: nn.Module) -> nn.ModuleDict:
+    if isinstance(module, _CONTAINERS):
+        raise AdapterError(
+            f"A {type(module).__name__} runs its children one by one and cannot carry a delta: "
+            "name one of its children instead."
+        )
+    module.add_module(SLOT, slot := nn.ModuleDict())
+    slot.register_load_state_dict_post_hook(_forgive_missing)
+    module.__class__ = subclass(type(module))
+    module.register_forward_pre_hook(_before, with_kwargs=True)
+    module.register_forward_hook(_after, with_kwargs=True)
+    return slot
+
+
+def _close(module: nn.Module) -> None:
+    del module._modules[SLOT]
+    module.__class__ = superclass(type(module))
+    pre, post = module._forward_pre_hooks, module._forward_hooks
+    for key in [key for key, hook in pre.items() if hook is _before]:
+        del pre[key], module._forward_pre_hooks_with_kwargs[key]
+    for key in [key for key, hook in post.items() if hook is _after]:
+        del post[key], module._forward_hooks_with_kwargs[key]
+
+
+def _before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    for delta in module._modules[SLOT].values():  # type: ignore[union-attr,operator]
+        if delta.active:
+            args, kwargs = delta.before(args, kwargs)
+    return args, kwargs
+
+
+def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    for delta in module._modules[SLOT].values():  # type: ignore[union-attr,operator]
+        if delta.active:
+            output = delta(args, kwargs, output)
+    return output
+
+
+def _forgive_missing(slot: nn.Module, incompatible: Any) -> None:
+    # A checkpoint of the bare base must load strictly; that an adapter's own keys are all there or
+    # all absent is checked where the whole state dict is in sight (`adapter.py`).
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if f"{SLOT}." not in key]

@@ -1,0 +1,68 @@
+"""A method is a set of frozen settings that says what an adapter adds to a model."""
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.anatomy import head_parameters
+from lightning_peft.delta import Delta
+from lightning_peft.targets import Patterns, trained_in_place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Settings of one parameter-efficient method; it holds no state and touches no module."""
+
+    kind: ClassVar[str]
+    """The method's short name: its key in a configuration and in state-dict keys."""
+
+    keeps_original: ClassVar[bool] = True
+    """Whether what is trained in place is kept in its first state, to be restored."""
+
+    def deltas(self, model: nn.Module) -> dict[str, Delta]:
+        """Return the deltas to attach by the dotted name of their host module."""
+        return {}
+
+    def in_place(self, model: nn.Module) -> Sequence[str]:
+        """Return the names of the model's own parameters to train in place."""
+        return ()
+
+    def start_epochs(self, model: nn.Module) -> dict[str, int]:
+        """Return, by name, the epoch from which a parameter is trained, where it is not 0."""
+        return {}
+
+
+def inject(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    name: str = "default",
+    *,
+    train: Patterns = (),
+    head: bool = True,
+) -> Adapter:
+    """Freeze `model` and inject one method, or several in order, to be trained together.
+
+    Args:
+        model: any module; its class, state-dict keys and frozen tensors stay what they are.
+        methods: the method or methods.
+        name: the adapter's name, made of letters, digits, `_` and `-`.
+        train: patterns of further modules or parameters of the model to train in place.
+        head: whether the fresh task head, if the model has one, is trained in place too.
+
+    Returns:
+        The handle on what was injected.
+
+    Raises:
+        TargetError: a pattern matches nothing; the model is left as it was.
+        AdapterError: the model already carries an adapter of that name.
+    """
+    methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+    deltas = [(host, m.kind, delta) for m in methods for host, delta in m.deltas(model).items()]
+    in_place = [n for m in methods for n in m.in_place(model)]
+    in_place += trained_in_place(model, train) if train else []
+    in_place += head_parameters(model) if head else []
+    return Adapter(model, name, methods, deltas, in_place)
