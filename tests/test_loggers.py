@@ -1,7 +1,6 @@
 """Metrics survive a resume; a W&B run is continued, and keeps the command line's secrets out."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def test_rows_wait_for_one_write(tmp_path: Path) -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+    for name in ("HOME", "NETRC", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -67,3 +66,9 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     other = wandb_logger(tmp_path / "other", offline=True).experiment
     other.finish()
     assert ids[0] == ids[1] != other.id
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_a_login_the_remedy_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"wandb login.*logger\.offline=true"):
+        wandb_logger(tmp_path / "run")

@@ -55,6 +55,7 @@ def test_arguments_keep_their_names() -> None:
 def test_the_result_is_a_copy_of_plain_containers() -> None:
     source = OmegaConf.create({"a": {"b": [1, 2.5, True, None, "x"]}})
     result = redact(source)
-    assert type(result) is dict and type(result["a"]["b"]) is list
+    assert type(result) is dict
+    assert type(result["a"]["b"]) is list
     result["a"]["b"].append(3)
     assert len(source.a.b) == 5
