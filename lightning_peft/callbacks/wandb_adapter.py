@@ -8,9 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import adapters_of
 from lightning_peft.callbacks.summary import trained_size
+from lightning_peft.files.adapter_folder import CONFIG
 from lightning_peft.redact import redact
 
 
@@ -42,11 +45,15 @@ class WandbAdapter(Callback):
             run.summary.update({"adapter/parameters": parameters, "adapter/bytes": size})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (
-            self.artifact and any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
-        ):
+        if not (self.artifact and _runs(trainer)):
             return
         for name, adapter in adapters_of(pl_module).items():
+            if any(isinstance(parameter, DTensor) for parameter in adapter.parameters()):
+                rank_zero_warn(
+                    f"Adapter `{name}` is sharded and was not logged to W&B: save it from a "
+                    "checkpoint, then call `log_adapter` with its folder."
+                )
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 log_adapter(trainer, adapter.save(Path(folder) / name))
 
@@ -61,7 +68,7 @@ def log_adapter(trainer: Trainer, folder: str | Path) -> None:
     for run in _runs(trainer):
         import wandb
 
-        settings = json.loads((Path(folder) / "lightning_peft.json").read_text(encoding="utf-8"))
+        settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
         artifact = wandb.Artifact(
             f"{settings['name']}-{run.id}", type="adapter", metadata=redact(settings)
         )

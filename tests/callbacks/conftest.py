@@ -1,7 +1,6 @@
-"""A small tuned module, and an offline W&B that can be read back."""
+"""A small tuned module, and a W&B that stays offline."""
 
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +69,3 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
-    """Yield the protobuf records of a ``.wandb`` file: a LevelDB log of 32 kB blocks."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content = file.read_bytes()
-    position, part = 7, b""
-    while position < len(content):
-        left = 32_768 - position % 32_768
-        if left < 7:
-            position += left
-            continue
-        _checksum, length, kind = struct.unpack_from("<IHB", content, position)
-        part += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield Record.FromString(part)
-            part = b""
