@@ -1,10 +1,13 @@
 """The built distribution: what it carries, and what importing it costs."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PathDistribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,32 @@ def test_the_wheel_carries_the_package_its_types_and_every_config(wheel: Path) -
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_peft"}
 
 
+def imported_packages() -> set[str]:
+    """The top-level names that the package imports, late imports and those for types included."""
+    names: set[str] = set()
+    for path in (ROOT / "lightning_peft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"lightning_peft"}
+
+
+def test_what_is_imported_is_declared(wheel: Path) -> None:
+    metadata = PathDistribution(zipfile.Path(wheel, f"{wheel.stem.rsplit('-', 3)[0]}.dist-info/"))
+    declared = {re.split(r"[^\w.-]", name)[0].lower() for name in metadata.requires or ()}
+    distributions = packages_distributions()
+
+    undeclared = {
+        name
+        for name in imported_packages()
+        if not declared & {found.lower().replace("_", "-") for found in distributions.get(name, ())}
+    }
+
+    assert not undeclared
+
+
 def test_the_sdist_can_be_tested(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -77,8 +106,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from importlib.metadata import version
 import lightning_peft
-from lightning_peft.cli import conf_folder
-print(json.dumps([lightning_peft.__file__, str(conf_folder()), lightning_peft.__version__,
+from lightning_peft.jobs.conf import own_folder
+print(json.dumps([lightning_peft.__file__, str(own_folder()), lightning_peft.__version__,
                   version("lightning-peft")]))
 """
     module, conf, declared, installed = json.loads(
