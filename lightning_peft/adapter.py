@@ -1,6 +1,6 @@
 """The handle on what was injected into a model."""
 
-import re
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.delta import SLOT, Delta, NotMergeable, attach, detach
-from lightning_peft.delta import hold_in_eval, release, slot_of
+from lightning_peft.delta import (
+    SLOT,
+    Delta,
+    NotMergeable,
+    attach,
+    detach,
+    hold_in_eval,
+    plain_name,
+    release,
+    slot_of,
+)
 from lightning_peft.errors import AdapterError, near_misses
+from lightning_peft.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from lightning_peft.method import Method
 
-_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NORM = nn.modules.batchnorm._NormBase
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what compilation and sharding wrappers put into it."""
-    return _WRAPPERS.sub("", name)
 
 
 def adapters_of(model: nn.Module) -> dict[str, "Adapter"]:
@@ -58,7 +62,7 @@ class Adapter:
         self.in_place = sorted(set(in_place))
         self._held = _hold_frozen_norms(model, self.in_place)
         self._originals = self._set_aside() if in_place else {}
-        _register(self)
+        self._guard = _register(self)
 
     def __repr__(self) -> str:
         methods = ", ".join(repr(method) for method in self.methods)
@@ -69,6 +73,16 @@ class Adapter:
         """The host's name, the host and the delta, for each delta in the order of attachment."""
         hosts = [(name, key, self.model.get_submodule(name)) for name, key in self._hosts]
         return [(name, host, cast(Delta, slot_of(host)[key])) for name, key, host in hosts]
+
+    @functools.cached_property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the frozen base, which never changes and is thus taken once."""
+        return fingerprint(self.model, set(self.tensors()))
+
+    @functools.cached_property
+    def start_epochs(self) -> dict[str, int]:
+        """By name, the epoch from which a parameter is trained, where it is not 0."""
+        return {n: e for m in self.methods for n, e in m.start_epochs(self.model).items()}
 
     @property
     def num_parameters(self) -> int:
@@ -93,7 +107,7 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors and the buffers that they need, by the model's own keys."""
-        return {name: tensor.detach() for name, tensor in self._tensors().items()}
+        return {name: tensor.detach() for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the adapter, all or nothing.
@@ -101,7 +115,7 @@ class Adapter:
         Raises:
             AdapterError: a tensor is missing, unexpected, misshapen, of another kind or not finite.
         """
-        own = self._tensors()
+        own = self.tensors()
         check_state(own, state, f"adapter `{self.name}`")
         with torch.no_grad():
             for name, tensor in own.items():
@@ -134,7 +148,18 @@ class Adapter:
         """
         self._require_originals("remove()")
         self._swap(self._originals)
-        return self._forget()
+        return self.forget()
+
+    def forget(self) -> nn.Module:
+        """Take the deltas out and return the model; what was trained in place stays as it is."""
+        for module, training in reversed(self._held):
+            release(module, training)
+        for host, key in reversed(self._hosts):
+            detach(self.model.get_submodule(host), key)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required.get(plain_name(name), False))
+        _unregister(self, self._guard)
+        return self.model
 
     def merge(self) -> nn.Module:
         """Fold the deltas into the model's weights and return the model, now a plain one.
@@ -154,7 +179,7 @@ class Adapter:
             for parameter, data in before:
                 parameter.data = data
             raise
-        return self._forget()
+        return self.forget()
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter to `folder` as safetensors with a readable configuration."""
@@ -164,9 +189,8 @@ class Adapter:
 
     def hold_back(self, epoch: int) -> None:
         """Drop the gradients of what a method does not train yet in `epoch` (counted from 0)."""
-        starts = {n: e for m in self.methods for n, e in m.start_epochs(self.model).items()}
-        named = self.named_parameters() if starts else {}
-        for name, start in starts.items():
+        named = self.named_parameters() if self.start_epochs else {}
+        for name, start in self.start_epochs.items():
             if epoch < start:
                 named[name].grad = None
 
@@ -190,11 +214,9 @@ class Adapter:
 
     def _set_aside(self) -> dict[str, Tensor] | None:
         # The base's own storage is put aside, and a copy is trained: pointers are enough to go back.
-        originals = {}
-        for name, tensor in self._in_place_tensors().items():
-            originals[name] = tensor.detach()
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(True)
+        originals = {name: t.detach() for name, t in self._in_place_tensors().items()}
+        for name in self.in_place:
+            self.model.get_parameter(name).requires_grad_(True)
         if not all(method.keeps_original for method in self.methods):
             return None
         self._swap({name: tensor.clone() for name, tensor in originals.items()})
@@ -211,7 +233,8 @@ class Adapter:
                     tensors[f"{owner}.{name}".lstrip(".")] = buffer
         return tensors
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of `state_dict()` themselves, not detached."""
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         for root, (_, _, delta) in zip(self._roots(), self.deltas, strict=True):
             tensors |= {f"{root}{name}": buffer for name, buffer in delta.named_buffers()}
@@ -240,16 +263,6 @@ class Adapter:
         for name, host, _ in self.deltas:
             if any(owners[id(p)] > 1 for p in host.parameters(recurse=False)):
                 raise NotMergeable(f"`{name}` shares its weight with another module.")
-
-    def _forget(self) -> nn.Module:
-        for module, training in reversed(self._held):
-            release(module, training)
-        for host, key in reversed(self._hosts):
-            detach(self.model.get_submodule(host), key)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required.get(plain_name(name), False))
-        _unregister(self)
-        return self.model
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
@@ -283,12 +296,24 @@ def _check_tensor(name: str, own: Tensor, new: Any) -> None:
         raise AdapterError(f"`{name}` holds NaN or infinite values.")
 
 
-def _register(adapter: Adapter) -> None:
+def _register(adapter: Adapter) -> Any:
     adapter.model.__dict__.setdefault("_adapters", {})[adapter.name] = adapter
     _tell_transformers(adapter.model)
+    return adapter.model.register_load_state_dict_pre_hook(_refuse_partial)
 
 
-def _unregister(adapter: Adapter) -> None:
+def _refuse_partial(
+    model: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, strict: bool, *lists: list[str]
+) -> None:
+    # A state dict of the bare base holds no tensor of an adapter; any other must hold all of them.
+    for adapter in model.__dict__["_adapters"].values() if strict else ():
+        own = {f"{prefix}{name}" for name in adapter.tensors() if SLOT in name.split(".")}
+        if missing := sorted(own - state.keys() if own & state.keys() else ()):
+            lists[-1].append(f"Missing of adapter `{adapter.name}`: {', '.join(missing)}.")
+
+
+def _unregister(adapter: Adapter, guard: Any) -> None:
+    guard.remove()
     registry = adapter.model.__dict__["_adapters"]
     del registry[adapter.name]
     if not registry:

@@ -139,8 +139,9 @@ def head(model: nn.Module) -> list[Named]:
 
 
 def head_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the head's parameters."""
-    return [f"{name}.{p}" for name, module in head(model) for p, _ in module.named_parameters()]
+    """Return the names of the head's parameters, and of what a loader says it found fresh."""
+    fresh = list(getattr(model, "fresh_parameters", ()))
+    return fresh + [f"{n}.{p}" for n, m in head(model) for p, _ in m.named_parameters()]
 
 
 def above_layers(model: nn.Module) -> list[str]:

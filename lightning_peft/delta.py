@@ -18,6 +18,7 @@ SLOT = "lightning_peft"
 """The name under which a host module keeps its deltas."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -74,6 +75,11 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
     if name in slot:
         raise AdapterError(f"A {type(module).__name__} already carries a delta `{name}`.")
     slot[name] = delta
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what compilation and sharding wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def detach(module: nn.Module, name: str) -> None:

@@ -1,0 +1,70 @@
+"""A fingerprint of the frozen base, so that an adapter never meets another base unnoticed.
+
+It hashes each frozen tensor's name, shape and up to 64 values at equal distances. The values are
+rounded to bfloat16 first: a base has the same fingerprint in float32 and cast to bfloat16. Reading
+64 values a tensor takes milliseconds for a model of any size; a base that differs only between the
+sampled places is not noticed.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.delta import SLOT, plain_name
+from lightning_peft.errors import CheckpointError
+
+SAMPLES = 64
+ALGORITHM = f"sha256 of names, shapes and {SAMPLES} values a tensor in bfloat16"
+
+
+def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Return the fingerprint of `model` without what adapters added and without `exclude`.
+
+    Args:
+        model: the base, injected or not.
+        exclude: names of tensors that are trained in place and thus not part of the frozen base.
+
+    Returns:
+        `algorithm`, `sha256` and the number of `tensors` that went in.
+    """
+    digest, count = hashlib.sha256(), 0
+    for name, tensor in sorted(_frozen(model, exclude)):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(_sample(tensor))
+        count += 1
+    return {"algorithm": ALGORITHM, "sha256": digest.hexdigest(), "tensors": count}
+
+
+def check_fingerprint(stored: dict[str, Any], present: dict[str, Any], what: str) -> None:
+    """Refuse a base other than the one that was trained on.
+
+    Raises:
+        CheckpointError: the fingerprints differ.
+    """
+    if stored["sha256"] != present["sha256"]:
+        raise CheckpointError(
+            f"{what} was trained on another base: its {stored['tensors']} frozen tensors differ "
+            f"from the {present['tensors']} of this one in name, shape or values; load the model "
+            "that it was trained on, in the same revision."
+        )
+
+
+def _frozen(model: nn.Module, exclude: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        plain = plain_name(name)
+        if isinstance(tensor, Tensor) and SLOT not in plain.split(".") and plain not in exclude:
+            yield plain, tensor
+
+
+def _sample(tensor: Tensor) -> bytes:
+    if tensor.is_meta or not tensor.numel():
+        return b""
+    flat = tensor.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
+    values = flat[places.long().to(flat.device)].cpu()
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    return values.contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,194 @@
+"""`PEFTModule`: a LightningModule around a bare model and a task."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+
+from lightning_peft import checkpoint as content
+from lightning_peft.adapter import Adapter
+from lightning_peft.config import instantiate, to_spec
+from lightning_peft.errors import CheckpointError, ConfigError, near_misses
+from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
+from lightning_peft.hooks import PEFTHooks
+from lightning_peft.injection import Injection, as_methods
+from lightning_peft.method import Method
+from lightning_peft.models import ModelSource
+from lightning_peft.schedule import WarmupDecay
+from lightning_peft.targets import Patterns
+from lightning_peft.tasks.task import Task
+
+_COURSES = ("linear", "cosine", "constant")
+
+
+class PEFTModule(PEFTHooks, pl.LightningModule):
+    """Train an adapter on a task, with AdamW, a warm-up and a decay of the learning rate.
+
+    Args:
+        model: the base, or the recipe by which the task loads it.
+        methods: the method, or several in order.
+        task: what a batch means: loss, predictions and metrics.
+        lr: peak learning rate of what was added.
+        weight_decay: AdamW's weight decay of matrices; biases and norms have none.
+        warmup: share of all steps over which the learning rate rises.
+        schedule: how it falls afterwards: linear, cosine or constant.
+        head_lr: peak learning rate of what is trained in place; None takes `lr`.
+        name: the adapter's name.
+        train: patterns of further modules or parameters to train in place.
+        head: whether the fresh task head is trained in place.
+
+    Example::
+
+        module = PEFTModule(model, LoRA(r=16), SequenceClassification())
+        Trainer(max_epochs=3).fit(module, data)
+        module.adapter.save("adapter")
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ModelSource,
+        methods: Method | Sequence[Method],
+        task: Task,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        schedule: str = "linear",
+        head_lr: float | None = None,
+        name: str = "default",
+        train: Patterns = (),
+        head: bool = True,
+    ) -> None:
+        super().__init__()
+        settings = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "schedule": schedule,
+            "head_lr": head_lr,
+        }
+        _check(settings)
+        self.peft_injection = Injection(as_methods(methods), name, train, head, within="model")
+        self.model = task.load_model(model) if isinstance(model, ModelSource) else model
+        self.task, self.lr, self.head_lr = task, lr, head_lr
+        described = {"model": _describe(model), "task": to_spec(task)}
+        self.save_hyperparameters({**described, **self.peft_injection.to_spec(), **settings})
+        self.validation_metrics = task.metrics().clone(prefix="val/")
+        self.test_metrics = task.metrics().clone(prefix="test/")
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter; it is injected when a Trainer runs, or by `configure_model()`."""
+        return self.peft_adapter
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, path: str | Path, model: nn.Module | None = None, map_location: Any = "cpu"
+    ) -> "PEFTModule":
+        """Rebuild the base and the adapter from a checkpoint.
+
+        Args:
+            path: the checkpoint.
+            model: the base, where the checkpoint does not know how to load it.
+            map_location: where its tensors go.
+
+        Raises:
+            CheckpointError: the file is damaged, or the base is another one or cannot be rebuilt.
+        """
+        loaded = AtomicCheckpointIO().load_checkpoint(path, map_location)
+        content.record_of(loaded, path)
+        settings = dict(loaded[cls.CHECKPOINT_HYPER_PARAMS_KEY])
+        settings["model"] = model if model is not None else instantiate(settings["model"])
+        if settings["model"] is None:
+            raise CheckpointError(
+                f"`{path}` was trained on a model that was built by hand: pass that model as "
+                "`load_from_checkpoint(path, model=...)`."
+            )
+        for key in ("methods", "task"):
+            settings[key] = instantiate(settings[key])
+        module = cls(**settings)
+        module.configure_model()
+        module.on_load_checkpoint(loaded)
+        module.load_state_dict(loaded["state_dict"])
+        return module
+
+    def forward(self, batch: Any) -> Any:
+        """Return what the model computes for a batch of the task."""
+        return self.model(**batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the task's loss, a scalar."""
+        loss = self.task.step(self.model, batch).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the metrics of the validation split."""
+        self._evaluate(batch, "val", self.validation_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the metrics of the test split."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return a readable prediction for each row."""
+        return self.task.predictions(self.model, batch)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over what is trained, and its schedule by optimizer step."""
+        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        factor = WarmupDecay(steps, round(self.hparams["warmup"] * steps), self.hparams["schedule"])
+        schedule = LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Group by learning rate and by whether the weight decays, each sorted by name."""
+        in_place = set(self.adapter.in_place)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.adapter.named_parameters().items():
+            head_lr = self.lr if self.head_lr is None else self.head_lr
+            rate = head_lr if name in in_place else self.lr
+            decay = self.hparams["weight_decay"] if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+        return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+
+    def _evaluate(self, batch: Any, split: str, metrics: MetricCollection) -> None:
+        out = self.task.step(self.model, batch)
+        size = len(out.targets) if out.targets is not None else None
+        self.log(f"{split}/loss", out.loss, prog_bar=True, batch_size=size, sync_dist=True)
+        metrics.update(out.predictions, out.targets)
+        self.log_dict(metrics, prog_bar=True, batch_size=size)  # type: ignore[arg-type]
+
+
+def _describe(model: nn.Module | ModelSource) -> dict[str, Any] | None:
+    """Describe how the base is loaded again; None for one that was built by hand."""
+    if isinstance(model, ModelSource):
+        return to_spec(model)
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    return to_spec(ModelSource(name=name)) if name else None
+
+
+def _check(settings: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay", "warmup", "head_lr"):
+        value = settings[name]
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"`{name}` must be 0 or more, but is {value} instead.")
+    if settings["warmup"] > 1:
+        raise ConfigError(f"`warmup` must be a share up to 1, but is {settings['warmup']} instead.")
+    if settings["schedule"] not in _COURSES:
+        raise ConfigError(
+            f"`schedule` must be one of {', '.join(_COURSES)}, but is {settings['schedule']!r} "
+            f"instead.{near_misses(settings['schedule'], _COURSES)}"
+        )

@@ -1,0 +1,71 @@
+"""Which parameters an optimizer holds: exactly those that are trained, in a fixed order."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.errors import ConfigError
+
+
+def optimizers_in(configured: Any) -> list[Optimizer]:
+    """Return the optimizers in whatever form `configure_optimizers` returned them."""
+    return list(dict.fromkeys(_walk(configured)))
+
+
+def keep_trainable(configured: Any, trained: Mapping[str, nn.Parameter]) -> None:
+    """Leave in the optimizers only `trained` parameters, sorted by name, and all of them.
+
+    A restored state is matched by position, so an order by name is the same in every run. What no
+    group holds (the module listed its parameters before the injection) joins the first group.
+
+    Raises:
+        ConfigError: several optimizers, and it is open which one a parameter belongs to.
+    """
+    optimizers = optimizers_in(configured)
+    if not optimizers:
+        return
+    names = {id(parameter): name for name, parameter in trained.items()}
+    held: set[str] = set()
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        kept = sorted({names[id(p)] for p in group["params"] if id(p) in names} - held)
+        held.update(kept)
+        _fill(group, kept, trained)
+    if absent := sorted(trained.keys() - held):
+        _join_first(optimizers, absent, trained)
+
+
+def group_names(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """Return the names that each parameter group of `optimizer` holds."""
+    names = {id(parameter): name for name, parameter in trained.items()}
+    return [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _join_first(
+    optimizers: list[Optimizer], absent: list[str], trained: Mapping[str, nn.Parameter]
+) -> None:
+    if len(optimizers) > 1:
+        raise ConfigError(
+            f"`{absent[0]}` is trained, but none of the {len(optimizers)} optimizers of "
+            "`configure_optimizers` holds it: pass it to the one that it belongs to."
+        )
+    group = optimizers[0].param_groups[0]
+    names = {id(parameter): name for name, parameter in trained.items()}
+    _fill(group, sorted([*absent, *(names[id(p)] for p in group["params"])]), trained)
+
+
+def _fill(group: dict[str, Any], names: list[str], trained: Mapping[str, nn.Parameter]) -> None:
+    # In place: some optimizers (LBFGS) keep a reference to the list itself.
+    group["params"][:] = [trained[name] for name in names]
+    group.pop("param_names", None)
+
+
+def _walk(value: Any) -> Iterator[Optimizer]:
+    if isinstance(value, Optimizer):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _walk(value.get("optimizer"))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _walk(item)
