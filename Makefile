@@ -65,9 +65,9 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 	$(INSTALL) --editable '.[plots]'
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/package
+$(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
 	$(INSTALL) --editable '.[dev]'
-	@touch $@
+	@touch $@ $(STAMPS)/package
 
 $(STAMPS)/assets: requirements-demo.txt | $(STAMPS)/python
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
