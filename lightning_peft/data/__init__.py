@@ -1,0 +1,1 @@
+"""Data modules: where texts and labels come from."""

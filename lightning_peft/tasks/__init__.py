@@ -1,0 +1,1 @@
+"""The tasks: one task, one file, each with its loss, predictions and metrics."""

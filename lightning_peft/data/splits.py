@@ -1,0 +1,60 @@
+"""Held-out rows: drawn by seed, alike in their labels, and never seen in training."""
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+
+from lightning_peft.errors import ConfigError, DataError
+
+
+def stratified_split(
+    labels: Sequence[int], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split row numbers into those kept and those held out, each label in the same proportion.
+
+    The draw depends on `seed` and the labels alone; the global random state is neither read nor
+    moved.
+
+    Returns:
+        The kept and the held-out row numbers, both in ascending order.
+
+    Raises:
+        ConfigError: `fraction` is not between 0 and 1.
+        DataError: A label has a single row, so one side would miss it.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(
+            f"`validation` must be a share between 0 and 1, but is {fraction} instead."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    held: set[int] = set()
+    for label in sorted(set(labels)):
+        rows = [i for i, other in enumerate(labels) if other == label]
+        if len(rows) < 2:
+            raise DataError(
+                f"each label must have at least 2 rows to draw a validation split from, but "
+                f"label number {label} has {len(rows)}: add rows, or give a validation file."
+            )
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        held.update(rows[i] for i in order[:count])
+    return [i for i in range(len(labels)) if i not in held], sorted(held)
+
+
+def sample(rows: int, limit: int | None, seed: int) -> list[int]:
+    """Return at most `limit` of the row numbers below `rows`, drawn by seed, in ascending order."""
+    if limit is None or rows <= limit:
+        return list(range(rows))
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(rows, generator=generator)[:limit].tolist())
+
+
+def unseen(keys: Sequence[Hashable], held_out: Iterable[Hashable]) -> list[int]:
+    """Return the numbers of the rows whose key is not among `held_out`."""
+    forbidden = set(held_out)
+    return [i for i, key in enumerate(keys) if key not in forbidden]
+
+
+def normalised(text: str) -> str:
+    """Return the text as duplicates are compared: case and runs of white space do not count."""
+    return " ".join(text.split()).casefold()

