@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from lightning_peft.errors import ConfigError, PEFTError, near_misses
@@ -39,6 +39,12 @@ ALLOWED = (
     "torchmetrics.regression.",
 )
 """What a `_target_` may name: a prefix when it ends in a dot, else one class."""
+
+ALLOWED_FUNCTIONS = (
+    "lightning_peft.callbacks.progress.progress_bar",
+    "lightning_peft.loggers.wandb_logger",
+)
+"""The functions that may stand in place of a class, by the module that defines them."""
 
 _NUMBERS: dict[type, tuple[type, ...]] = {
     bool: (bool, object),
@@ -116,65 +122,79 @@ def target_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def find_class(target: Any, where: str = TARGET) -> type:
-    """Import the class that `target` names.
+def find_target(target: Any, where: str = TARGET) -> Callable[..., Any]:
+    """Import the class, or one of the few allowed functions, that `target` names.
 
     Raises:
         ConfigError: `target` is not under an allowed prefix (it is then not imported), does not
-            exist, is not a class, or is defined elsewhere.
+            exist, is something else than a class, or is defined elsewhere.
     """
     if not isinstance(target, str) or not _is_allowed(target):
         raise ConfigError(_refusal(target, where))
     module_name, _, name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        raise ConfigError(f"`{where}` must name a class, but {target!r} does not exist.") from error
+    module = _import(module_name, target, where)
     found = getattr(module, name, None)
     if found is None:
-        close = near_misses(name, _classes(module))
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
         raise ConfigError(
-            f"`{where}` must name a class of `{module_name}`, but is {target!r} instead.{close}"
+            f"`{where}` must name a class of `{module_name}`, but is {target!r} instead."
+            f"{near_misses(name, classes)}"
         )
-    if not inspect.isclass(found) or not _is_allowed(f"{found.__module__}.{found.__name__}"):
+    defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if not ((inspect.isclass(found) and _is_allowed(defined)) or defined in ALLOWED_FUNCTIONS):
         raise ConfigError(_refusal(target, where))
-    return found
+    return cast(Callable[..., Any], found)
 
 
-def _build(settings: dict[str, Any], where: str) -> Any:
-    cls = find_class(settings.pop(TARGET), _join(where, TARGET))
-    checked = _check(cls, settings, where)
+def _import(module: str, target: str, where: str) -> types.ModuleType:
     try:
-        return cls(**checked)
-    except PEFTError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"`{where or cls.__name__}` cannot be built: {error}") from error
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise ConfigError(f"`{where}` must name a class, but {target!r} does not exist.") from error
 
 
-def _check(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Compare `settings` with the constructor of `cls`; return them with lists made tuples."""
-    known = _parameters(cls)
-    takes_any = "**" in known
+def check_settings(
+    target: Callable[..., Any], settings: Mapping[str, Any], where: str = ""
+) -> dict[str, Any]:
+    """Compare settings with the arguments of a class or function, by name and type.
+
+    Returns:
+        The settings, with lists made tuples where the argument is a sequence.
+
+    Raises:
+        ConfigError: A setting is unknown or of a wrong type.
+    """
+    known = _parameters(target)
     named = [name for name in known if name != "**"]
     for name in settings:
-        if name not in known and not takes_any:
+        if name not in known and "**" not in known:
             raise ConfigError(
-                f"`{_join(where, str(name))}` must be a setting of {cls.__name__} "
+                f"`{_join(where, str(name))}` must be a setting of {target.__name__} "
                 f"({', '.join(named)}), but is not.{near_misses(str(name), named)}"
             )
-    for name, (_, required) in known.items():
-        if required and name not in settings:
-            raise ConfigError(f"`{_join(where, name)}` must be given for {cls.__name__}.")
     return {
         name: _fit(value, known[name][0] if name in known else Any, _join(where, str(name)))
         for name, value in settings.items()
     }
 
 
-def _parameters(cls: type) -> dict[str, tuple[Any, bool]]:
+def _build(settings: dict[str, Any], where: str) -> Any:
+    target = find_target(settings.pop(TARGET), _join(where, TARGET))
+    checked = check_settings(target, settings, where)
+    for name, (_, required) in _parameters(target).items():
+        if required and name not in settings:
+            raise ConfigError(f"`{_join(where, name)}` must be given for {target.__name__}.")
+    try:
+        return target(**checked)
+    except PEFTError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`{where or target.__name__}` cannot be built: {error}") from error
+
+
+def _parameters(cls: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
     """Map each setting of `cls` to its type and whether it must be given; `**` means any other."""
     known: dict[str, tuple[Any, bool]] = {}
     for parameter in inspect.signature(cls).parameters.values():
@@ -186,7 +206,7 @@ def _parameters(cls: type) -> dict[str, tuple[Any, bool]]:
     return known
 
 
-def _evaluate(annotation: Any, cls: type) -> Any:
+def _evaluate(annotation: Any, cls: Callable[..., Any]) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):
@@ -273,7 +293,7 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value) or hasattr(value, "to_spec"):
@@ -299,10 +319,6 @@ def _refusal(target: Any, where: str) -> str:
         f"and torchmetrics that are allowed, but is {target!r} instead. A package of your own is "
         f"allowed by `allow=[my_package]` on the command line."
     )
-
-
-def _classes(module: types.ModuleType) -> list[str]:
-    return [name for name, value in vars(module).items() if inspect.isclass(value)]
 
 
 def _join(where: str, name: str) -> str:

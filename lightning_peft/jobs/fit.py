@@ -1,0 +1,79 @@
+"""`job=fit`: train an adapter, judge it, and keep it with everything that made it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig
+
+from lightning_peft.callbacks import log_adapter
+from lightning_peft.config import check_settings, instantiate
+from lightning_peft.jobs import trainers
+from lightning_peft.jobs.job import Job
+from lightning_peft.jobs.outcome import finish
+from lightning_peft.jobs.run_folder import RunFolder, created, resolved
+from lightning_peft.module import PEFTModule
+from lightning_peft.report import open_console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Job):
+    """Train an adapter in a new run folder, and report what it was worth."""
+
+    baseline: bool = True
+    """Compare with the frozen base and a new head."""
+
+    def run(self, config: DictConfig) -> None:
+        settings = resolved(config)
+        with created(settings) as run:
+            train(settings, run)
+        finish(settings, run, self.baseline)
+
+
+def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None = None) -> None:
+    """Fit the module that `settings` describe, from a checkpoint on if one is given.
+
+    Raises:
+        KeyboardInterrupt: The user stopped it; checkpoint and adapter were written.
+    """
+    seed_everything(settings["seed"], workers=True, verbose=False)
+    module, data = build(settings)
+    trainer = trainers.for_training(settings, run, module.task)
+    if checkpoint is None:
+        run.describe(settings)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        if isinstance(stop, SIGTERMException) or not trainer.interrupted:
+            raise
+        _keep(module, trainer, run)
+        raise KeyboardInterrupt from stop
+
+
+def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, Any]:
+    """Return the module and the data, with each other's labels and tokenizer."""
+    source = instantiate(settings["model"], "model")
+    data = instantiate(settings["data"], "data")
+    optimizer = check_settings(PEFTModule, settings["optimizer"], "optimizer")
+    adapter = check_settings(PEFTModule, settings["adapter"], "adapter")
+    methods = list(instantiate(settings["method"], "method").values())
+    task = instantiate(settings["task"], "task")
+    data.connect(source.tokenizer(), labels=getattr(task, "labels", None))
+    data.prepare_data()
+    module = PEFTModule(source, methods, task.connect(data), **optimizer, **adapter)
+    task.check(module.model, data)
+    return module, data
+
+
+def _keep(module: PEFTModule, trainer: Trainer, run: RunFolder) -> None:
+    if trainer.is_global_zero:
+        module.adapter.save(run.adapter)
+        open_console().print(
+            f"Interrupted. The adapter as it was is in {run.adapter}; "
+            f"go on with: lightning-peft job=resume run={run.path}",
+            soft_wrap=True,
+            highlight=False,
+        )

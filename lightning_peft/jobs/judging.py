@@ -1,0 +1,96 @@
+"""A run's checkpoint on rows with known labels: metrics, label by label, and every prediction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_peft.callbacks import progress_bar
+from lightning_peft.config import instantiate
+from lightning_peft.errors import CheckpointError
+from lightning_peft.files.last_checkpoint import last_checkpoint
+from lightning_peft.jobs.run_folder import RunFolder
+from lightning_peft.jobs.trainers import for_judging
+from lightning_peft.module import PEFTModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a checkpoint was worth on one split."""
+
+    checkpoint: Path
+    split: str
+    metrics: dict[str, float]
+    """Metrics of the task by name, without the split's prefix."""
+    rows: list[dict[str, Any]]
+    """The rows as they were read."""
+    predictions: list[dict[str, Any]]
+    """What the task predicts for each of the rows."""
+    per_class: dict[str, dict[str, float]]
+    """Label -> precision, recall, f1 and the number of texts."""
+
+
+def checkpoint_of(run: RunFolder, which: str) -> Path:
+    """Return a checkpoint of a run: `best`, `last`, or a path.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if which == "last":
+        return last_checkpoint(run.path)
+    path = run.checkpoints / "best.ckpt" if which == "best" else Path(which).expanduser()
+    if not path.exists():
+        remedy = "it ended before its first validation" if which == "best" else "check the path"
+        raise CheckpointError(
+            f"`job.checkpoint` must be best, last or a file, but `{path}` does not exist: {remedy}; "
+            f"`job.checkpoint=last` takes the newest one."
+        )
+    return path
+
+
+def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, Any]:
+    """Return the module of a checkpoint, and the data with its tokenizer and labels."""
+    source = instantiate(settings["model"], "model")
+    module = PEFTModule.load_from_checkpoint(checkpoint, model=source)
+    data = instantiate(settings["data"], "data")
+    data.connect(source.tokenizer(), labels=module.task.labels)
+    return module, data
+
+
+def judge(
+    settings: Mapping[str, Any], checkpoint: Path, split: str, module: PEFTModule, data: Any
+) -> Judgement:
+    """Score a module on the rows of a split, in one process that sees each row once."""
+    trainer = for_judging(settings, [progress_bar()])
+    data.setup("test" if split == "test" else "validate")
+    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    if split == "test":
+        found = trainer.test(module, loader, verbose=False)
+    else:
+        found = trainer.validate(module, loader, verbose=False)
+    predictions = predictions_of(trainer, module, loader)
+    rows = data.rows(split)
+    return Judgement(
+        checkpoint=checkpoint,
+        split=split,
+        metrics={name.partition("/")[2]: float(value) for name, value in found[0].items()},
+        rows=rows,
+        predictions=predictions,
+        per_class=_per_class(module.task, [str(row[data.label]) for row in rows], predictions),
+    )
+
+
+def predictions_of(trainer: Trainer, module: PEFTModule, loader: Any) -> list[dict[str, Any]]:
+    """Return the task's predictions for the rows of a loader, in order."""
+    batches = trainer.predict(module, loader) or []
+    return [row for batch in batches for row in batch]
+
+
+def _per_class(task: Any, gold: Sequence[str], predictions: Sequence[Mapping[str, Any]]) -> Any:
+    numbers = {label: number for number, label in enumerate(task.labels)}
+    chosen = torch.tensor([numbers[row["label"]] for row in predictions])
+    report = task.report(chosen, torch.tensor([numbers[label] for label in gold]))
+    return {row.pop("label"): row for row in report}

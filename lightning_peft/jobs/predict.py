@@ -1,0 +1,139 @@
+"""`job=predict run=<folder> data.path=new.csv`: label new rows."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from omegaconf import DictConfig
+
+from lightning_peft.callbacks import progress_bar
+from lightning_peft.errors import ConfigError
+from lightning_peft.jobs import judging
+from lightning_peft.jobs.job import Job
+from lightning_peft.jobs.run_folder import existing, resolved
+from lightning_peft.jobs.trainers import for_judging
+from lightning_peft.report import open_console
+
+_FORMATS = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Job):
+    """Write the rows of `data.path` with a label, its probability and that of each label."""
+
+    checkpoint: str = "best"
+    """Which one: best, last, or a file."""
+
+    output: str | None = None
+    """File to write, .csv or .jsonl; None puts `<input>.predictions.csv` beside the input."""
+
+    overwrite: bool = False
+    """Replace the file when it exists."""
+
+    def run(self, config: DictConfig) -> None:
+        settings, run = resolved(config), existing(config, "predict")
+        output = self._output(settings["data"].get("path"), run.path)
+        module, data = judging.load(settings, judging.checkpoint_of(run, self.checkpoint))
+        rows = data.predict_rows()
+        with _replacing(output) as file:
+            writer = RowWriter(file, output.suffix, rows)
+            trainer = for_judging(settings, [writer, progress_bar()])
+            trainer.predict(module, data.predict_dataloader(), return_predictions=False)
+        console = open_console()
+        console.print(f"{writer.written:,} rows written to {output}", soft_wrap=True)
+
+    def _output(self, source: Any, folder: Path) -> Path:
+        source = source.get("predict", source.get("test")) if isinstance(source, dict) else source
+        default = f"{source}.predictions.csv" if source else folder / "predictions.csv"
+        output = Path(self.output or default).expanduser()
+        if output.suffix not in _FORMATS:
+            raise ConfigError(
+                f"`job.output` must end in {', '.join(_FORMATS)}, but is {str(output)!r} instead."
+            )
+        if output.exists() and not self.overwrite:
+            raise ConfigError(
+                f"`job.output` must not exist yet, but {str(output)!r} does: choose another, or "
+                f"replace it with `job.overwrite=true`."
+            )
+        if not output.parent.is_dir():
+            raise ConfigError(f"`job.output` must lie in a folder, but {output.parent} is none.")
+        return output
+
+
+class RowWriter(BasePredictionWriter):
+    """Write each batch's predictions beside the rows that they belong to, as they come.
+
+    A prediction whose name is that of a column gets the prefix `predicted_`.
+
+    Args:
+        file: An open text file.
+        suffix: `.csv` or `.jsonl`.
+        rows: The rows in the order of the predictions.
+    """
+
+    def __init__(self, file: IO[str], suffix: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__("batch")
+        self.written = 0
+        self._file, self._rows = file, rows
+        self._as_csv = suffix == ".csv"
+        self._columns: list[str] = []
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        rows = self._rows[self.written : self.written + len(prediction)]
+        for row, predicted in zip(rows, prediction, strict=True):
+            self._write(_beside(row, predicted))
+        self.written += len(prediction)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self._as_csv:
+            self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            return
+        writer = csv.writer(self._file)
+        if not self._columns:
+            self._columns = list(row)
+            writer.writerow(self._columns)
+        writer.writerow([row[name] for name in self._columns])
+
+
+def _beside(row: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, Any]:
+    named = {f"predicted_{k}" if k in row else k: v for k, v in _flat(prediction).items()}
+    return {**row, **named}
+
+
+def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{"probabilities": {"good": 0.9}}` as `{"probability_good": 0.9}`."""
+    flat: dict[str, Any] = {}
+    for name, value in prediction.items():
+        if isinstance(value, Mapping):
+            prefix = "probability" if name == "probabilities" else name
+            flat |= {f"{prefix}_{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """Open a file beside `path` that takes its place when all rows are written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
