@@ -85,6 +85,14 @@ def _fit(
     return made
 
 
+def _finish(trainer: Trainer) -> None:
+    import wandb
+
+    trainer.logger.experiment.finish()  # type: ignore[union-attr]
+    # `finish` returns before W&B's own process has written the last records.
+    wandb.teardown()
+
+
 def test_a_run_is_tracked_and_keeps_its_secrets(
     tuned: LightningModule,
     batches: Any,
@@ -94,7 +102,7 @@ def test_a_run_is_tracked_and_keeps_its_secrets(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train", f"logger.api_key={SECRET}"])
     trainer = _fit(tuned, batches, make_trainer, tmp_path)
-    trainer.logger.experiment.finish()  # type: ignore[union-attr]
+    _finish(trainer)
     run = Run(tmp_path)
 
     assert run.config()["method"] == {"lora": {"r": 2}}
@@ -124,7 +132,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(
 ) -> None:
     for _ in range(2):
         trainer = _fit(tuned, batches, make_trainer, tmp_path, artifact=False)
-        trainer.logger.experiment.finish()  # type: ignore[union-attr]
+        _finish(trainer)
         # W&B names the folder of an offline run by the second.
         for found in tmp_path.glob("wandb/offline-run-2*"):
             found.rename(found.with_name(f"offline-run-{len(Run(tmp_path).ids)}"))
@@ -140,7 +148,7 @@ def test_an_exported_folder_is_logged_after_the_fit(
     trainer = _fit(tuned, batches, make_trainer, tmp_path, artifact=False)
     folder = adapters_of(tuned)["default"].save(tmp_path / "adapter")
     log_adapter(trainer, folder)
-    trainer.logger.experiment.finish()  # type: ignore[union-attr]
+    _finish(trainer)
     (artifact,) = Run(tmp_path).kind("artifact")
     config = json.loads((folder / "lightning_peft.json").read_text(encoding="utf-8"))
     assert json.loads(artifact.metadata)["fingerprint"] == config["fingerprint"]
