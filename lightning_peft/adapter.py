@@ -56,13 +56,15 @@ class Adapter:
         self._check(in_place)
         self._required = {n: p.requires_grad for n, p in model.named_parameters()}
         model.requires_grad_(False)
-        self._hosts = [(host, f"{name}_{kind}") for host, kind, _ in deltas]
-        for (host, key), (_, _, delta) in zip(self._hosts, deltas, strict=True):
+        for host, key, delta in deltas:
             attach(model.get_submodule(host), key, delta)
+        self._hosts = [(host, key) for host, key, _ in deltas]
         self.in_place = sorted(set(in_place))
-        self._held = _hold_frozen_norms(model, self.in_place)
         self._originals = self._set_aside() if in_place else {}
-        self._guard = _register(self)
+        self._held = _hold_frozen_norms(model, self.in_place)
+        _registry(model)[name] = self
+        _tell_transformers(model)
+        self._guard = model.register_load_state_dict_pre_hook(_refuse_partial)
 
     def __repr__(self) -> str:
         methods = ", ".join(repr(method) for method in self.methods)
@@ -158,7 +160,11 @@ class Adapter:
             detach(self.model.get_submodule(host), key)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required.get(plain_name(name), False))
-        _unregister(self, self._guard)
+        self._guard.remove()
+        del _registry(self.model)[self.name]
+        _tell_transformers(self.model)
+        if not _registry(self.model):
+            del self.model.__dict__["_adapters"]
         return self.model
 
     def merge(self) -> nn.Module:
@@ -213,7 +219,7 @@ class Adapter:
         return [f"{host}.{SLOT}.{key}.".lstrip(".") for host, key in self._hosts]
 
     def _set_aside(self) -> dict[str, Tensor] | None:
-        # The base's own storage is put aside, and a copy is trained: pointers are enough to go back.
+        # The base's own storage is put aside and a copy is trained: pointers suffice to go back.
         originals = {name: t.detach() for name, t in self._in_place_tensors().items()}
         for name in self.in_place:
             self.model.get_parameter(name).requires_grad_(True)
@@ -296,10 +302,9 @@ def _check_tensor(name: str, own: Tensor, new: Any) -> None:
         raise AdapterError(f"`{name}` holds NaN or infinite values.")
 
 
-def _register(adapter: Adapter) -> Any:
-    adapter.model.__dict__.setdefault("_adapters", {})[adapter.name] = adapter
-    _tell_transformers(adapter.model)
-    return adapter.model.register_load_state_dict_pre_hook(_refuse_partial)
+def _registry(model: nn.Module) -> dict[str, Adapter]:
+    registry: dict[str, Adapter] = model.__dict__.setdefault("_adapters", {})
+    return registry
 
 
 def _refuse_partial(
@@ -312,26 +317,14 @@ def _refuse_partial(
             lists[-1].append(f"Missing of adapter `{adapter.name}`: {', '.join(missing)}.")
 
 
-def _unregister(adapter: Adapter, guard: Any) -> None:
-    guard.remove()
-    registry = adapter.model.__dict__["_adapters"]
-    del registry[adapter.name]
-    if not registry:
-        del adapter.model.__dict__["_adapters"]
-    _tell_transformers(adapter.model)
-
-
 def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[tuple[nn.Module, bool]]:
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _NORM)]
     trained = {name.rpartition(".")[0] for name in in_place}
-    held = [(m, m.training) for n, m in norms if m.track_running_stats and n not in trained]
-    for module, _ in held:
-        hold_in_eval(module)
-    return held
+    norms = [m for n, m in model.named_modules() if isinstance(m, _NORM) and n not in trained]
+    return [hold_in_eval(norm) for norm in norms if norm.track_running_stats]
 
 
 def _tell_transformers(model: nn.Module) -> None:
-    """Keep what adapters added out of `save_pretrained`, through transformers' own list for that."""
+    """Keep what adapters added out of `save_pretrained`, by transformers' own list for that."""
     for module in model.modules():
         if isinstance(ignored := module.__dict__.get("_keys_to_ignore_on_save"), set):
             kept = {name for name in ignored if f"{SLOT}." not in name}

@@ -17,17 +17,16 @@ _NORMS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,
 )
+_UNCALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 _HEAD_NAMES = ("classifier", "score", "head", "fc")
 """The field's usual names of a task head, for a model without a layer stack to stand behind."""
 
 Named = tuple[str, nn.Module]
 
 
-def base_modules(model: nn.Module, prefix: str = "") -> Iterator[Named]:
-    """Yield every module once with its dotted name, the adapters' own left out."""
-    for name, module in model.named_modules(prefix=prefix):
-        if SLOT not in name.split("."):
-            yield name, module
+def base_modules(model: nn.Module, prefix: str = "") -> list[Named]:
+    """Return every module once with its dotted name, the adapters' own left out."""
+    return [(n, m) for n, m in model.named_modules(prefix=prefix) if SLOT not in n.split(".")]
 
 
 def layers(model: nn.Module) -> list[Named]:
@@ -46,7 +45,8 @@ def layers(model: nn.Module) -> list[Named]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a Linear layer, or transformers' `Conv1D`, its transposed sibling."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    called = isinstance(module, nn.Linear) and not isinstance(module, _UNCALLED)
+    return called or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_uncalled(module: nn.Module) -> bool:
     """Whether the parent reads this module's weight without calling it."""
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, _UNCALLED)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -107,11 +107,9 @@ def projections(model: nn.Module) -> list[Named]:
     """
     stack, heads = layers(model), tuple(name for name, _ in head(model))
     within = [named for n, block in stack or [("", model)] for named in base_modules(block, n)]
-    within = [(n, m) for n, m in within if not under(n, heads) and not is_uncalled(m)]
-    linear = [named for named in within if is_linear(named[1])]
-    if linear and stack:
-        return linear
-    return [named for named in within if named in linear or is_dense_convolution(named[1])]
+    inside = [(n, m) for n, m in within if not under(n, heads)]
+    linear = [(n, m) for n, m in inside if stack and is_linear(m)]
+    return linear or [(n, m) for n, m in inside if is_linear(m) or is_dense_convolution(m)]
 
 
 def is_dense_convolution(module: nn.Module) -> bool:
@@ -125,8 +123,7 @@ def head(model: nn.Module) -> list[Named]:
     What stands beside the core on the way from the root to it and is made of linear and
     normalisation layers only. A projection onto the vocabulary is pretrained, hence no head.
     """
-    core = _core(model)
-    if core is None:
+    if not (core := _core(model)):
         named = [(n, m) for n, m in model.named_children() if n in _HEAD_NAMES and _is_dense(m)]
         return named[-1:]
     found: list[Named] = []
@@ -219,7 +216,7 @@ def _linears(model: nn.Module) -> list[Named]:
         (name, module)
         for prefix, block in layers(model)
         for name, module in base_modules(block, prefix)
-        if is_linear(module) and not is_uncalled(module)
+        if is_linear(module)
     ]
 
 
@@ -234,15 +231,14 @@ def _path(model: nn.Module, core: str) -> list[tuple[str, nn.Module, nn.Module]]
     return path
 
 
-def _core(model: nn.Module) -> str | None:
-    """Return the name of the headless pretrained model, or of the last layer stack."""
-    for name, module in base_modules(model):
-        if _is_transformers(module):
-            inner = getattr(module, "base_model_prefix", "")
-            has_head = bool(inner) and isinstance(module._modules.get(inner), nn.Module)
-            return _join(name, inner) if has_head else name or None
+def _core(model: nn.Module) -> str:
+    """Return the name of the headless pretrained model, or of the last layer stack, or nothing."""
+    if known := [(name, m) for name, m in base_modules(model) if _is_transformers(m)]:
+        name, outer = known[0]
+        inner = getattr(outer, "base_model_prefix", "")
+        return _join(name, inner) if inner in outer._modules else name
     stack = layers(model)
-    return stack[-1][0].rpartition(".")[0] if stack else None
+    return stack[-1][0].rpartition(".")[0] if stack else ""
 
 
 def _is_transformers(module: nn.Module) -> bool:

@@ -1,9 +1,9 @@
 """A delta changes what one module computes; this is the only file that touches a module.
 
-A delta becomes a child of its host under one reserved name, a pair of forward hooks applies it, and
-an empty subclass of the host's own class marks it. So every state-dict key of the base stays,
-`isinstance` still holds, copies and pickles carry the delta, a compiled graph of an unmarked sibling
-is not reused (its guard sees another type), and fast paths that read weights directly switch off.
+A delta becomes a child of its host under one reserved name, a pair of forward hooks applies it,
+and an empty subclass of the host's own class marks it. So every state-dict key of the base stays,
+`isinstance` still holds, copies and pickles carry the delta, a compiled graph of an unmarked
+sibling is not reused (its guard sees another type), and fast paths that read weights switch off.
 """
 
 import functools
@@ -74,6 +74,8 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
     slot = slot_of(module) if SLOT in module._modules else _open(module)
     if name in slot:
         raise AdapterError(f"A {type(module).__name__} already carries a delta `{name}`.")
+    if type(delta).before is not Delta.before and _before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_before, with_kwargs=True)
     slot[name] = delta
 
 
@@ -100,10 +102,16 @@ class _HeldInEval:
         return super().train(False)  # type: ignore[misc]
 
 
-def hold_in_eval(module: nn.Module) -> None:
-    """Keep a frozen normalisation in eval mode, or its running statistics drift in training."""
+def hold_in_eval(module: nn.Module) -> tuple[nn.Module, bool]:
+    """Keep a frozen normalisation in eval mode, or its running statistics drift in training.
+
+    Returns:
+        The module and the mode it had, for `release`.
+    """
+    training = module.training
     module.__class__ = subclass(type(module), _HeldInEval)
     module.eval()
+    return module, training
 
 
 def release(module: nn.Module, training: bool) -> None:
@@ -114,7 +122,7 @@ def release(module: nn.Module, training: bool) -> None:
 
 @functools.cache
 def subclass(base: type, *mixins: type) -> type:
-    """Return the one subclass of `base` with `mixins` in front, which prints and pickles like it."""
+    """Return the one subclass of `base` with `mixins` in front; it prints and pickles like it."""
     body = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"__reduce_ex__": _reduce, "_made_of": (base, mixins)}
     return type(base.__name__, (*mixins, base), body)
@@ -144,7 +152,6 @@ def _open(module: nn.Module) -> nn.ModuleDict:
     module.add_module(SLOT, slot := nn.ModuleDict())
     slot.register_load_state_dict_post_hook(_forgive_missing)
     module.__class__ = subclass(type(module))
-    module.register_forward_pre_hook(_before, with_kwargs=True)
     module.register_forward_hook(_after, with_kwargs=True)
     return slot
 

@@ -61,7 +61,7 @@ def inject(
         AdapterError: the model already carries an adapter of that name.
     """
     methods = (methods,) if isinstance(methods, Method) else tuple(methods)
-    deltas = [(host, m.kind, delta) for m in methods for host, delta in m.deltas(model).items()]
+    deltas = [(h, f"{name}_{m.kind}", d) for m in methods for h, d in m.deltas(model).items()]
     in_place = [n for m in methods for n in m.in_place(model)]
     in_place += trained_in_place(model, train) if train else []
     in_place += head_parameters(model) if head else []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_peft import anatomy
+from lightning_peft.delta import SLOT
 from lightning_peft.errors import TargetError, near_misses
 
 ALL_LINEAR = "all-linear"
@@ -111,7 +112,7 @@ def trained_in_place(model: nn.Module, patterns: Patterns) -> list[str]:
     Raises:
         TargetError: a pattern names no parameter.
     """
-    names = [n for n, _ in model.named_parameters() if f".{anatomy.SLOT}." not in f".{n}"]
+    names = [n for n, _ in model.named_parameters() if f".{SLOT}." not in f".{n}"]
     modules = dict(anatomy.base_modules(model))
     chosen: set[str] = set()
     for pattern in as_patterns(patterns):

@@ -4,6 +4,7 @@ With a schedule the lower layers join later, as in gradual unfreezing (Howard an
 https://arxiv.org/abs/1801.06146).
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,6 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft import anatomy
+from lightning_peft.delta import SLOT
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.targets import Patterns, trained_in_place
@@ -39,7 +41,7 @@ class Freeze(Method):
         if self.layers < 0:
             raise ConfigError(f"`layers` must not be negative, but is {self.layers} instead.")
         steps = [(0, self.layers), *sorted((int(e), int(n)) for e, n in self.schedule.items())]
-        if any(e <= d or n <= m for (d, m), (e, n) in zip(steps, steps[1:], strict=False)):
+        if any(e <= d or n <= m for (d, m), (e, n) in itertools.pairwise(steps)):
             raise ConfigError(
                 f"`schedule` must map later epochs to more than {self.layers} layers, "
                 f"but is {dict(self.schedule)} instead."
@@ -69,5 +71,5 @@ class Freeze(Method):
                 f"{type(model).__name__}, but is {count} instead."
             )
         roots = tuple(f"{name}." for name, _ in stack[len(stack) - count :])
-        named = [n for n, _ in model.named_parameters() if f".{anatomy.SLOT}." not in n]
+        named = [n for n, _ in model.named_parameters() if f".{SLOT}." not in n]
         return [n for n in named if roots and n.startswith(roots)]

@@ -1,11 +1,11 @@
-"""Full fine-tuning: every parameter is trained; the baseline that the other methods are judged by."""
+"""Full fine-tuning: every parameter is trained; the baseline to judge the other methods by."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft.anatomy import SLOT
+from lightning_peft.delta import SLOT
 from lightning_peft.method import Method
 
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_conv1d, is_linear, is_uncalled
+from lightning_peft.anatomy import is_conv1d, is_linear
 from lightning_peft.delta import Delta, NotMergeable
 from lightning_peft.errors import ConfigError, TargetError, near_misses
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import add_low_rank
 from lightning_peft.targets import Patterns, Targets, as_targets, matches
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_ADAPTABLE = "Linear, Conv1D, Embedding, Conv1d and Conv2d"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,7 @@ class LoRA(Method):
         return [n for n in biases if self.bias == "all" or n.rpartition(".")[0] in roots]
 
     def _hosts(self, model: nn.Module) -> dict[str, nn.Module]:
-        chosen = as_targets(self.targets, self.layers)
-        return chosen.find(model, can_adapt, "Linear, Conv1D, Embedding, Conv1d and Conv2d")
+        return as_targets(self.targets, self.layers).find(model, can_adapt, _ADAPTABLE)
 
     def _delta(self, name: str, host: nn.Module) -> "LowRank":
         r = _first(self.rank_pattern, name, self.r)
@@ -100,12 +99,17 @@ class LowRank(Delta):
     Shapes: input `(..., in)`, `lora_A` `(r, in)`, `lora_B` `(out, r)`, output `(..., out)`.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
+    def __init__(self, host: Any, r: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
-        self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        a, b = self.shapes(host, r)
+        self.lora_A, self.lora_B = nn.Parameter(_fresh(host, a)), nn.Parameter(_fresh(host, b))
+        self.scale, self.dropout = scale, nn.Dropout(dropout) if dropout else None
         self.reset_parameters()
+
+    def shapes(self, host: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for a host."""
+        into, out = host.weight.shape if is_conv1d(host) else (host.in_features, host.out_features)
+        return (r, into), (out, r)
 
     def reset_parameters(self) -> None:
         """A is uniform as in a fresh Linear layer, B is zero: the change starts at nothing."""
@@ -136,14 +140,18 @@ class LowRank(Delta):
 class EmbeddingLowRank(LowRank):
     """A low-rank change of an embedding table.
 
-    Shapes: ids `(...)`, `lora_A` `(r, vocabulary)`, `lora_B` `(d_model, r)`, output `(..., d_model)`.
+    Shapes: ids `(...)`, `lora_A` `(r, vocabulary)`, `lora_B` `(d_model, r)`, output
+    `(..., d_model)`.
     """
 
-    def __init__(self, host: nn.Embedding, r: int, scale: float) -> None:
-        self_scale = float(getattr(host, "embed_scale", None) or 1.0)
-        a, b = _fresh(host, r, host.num_embeddings), _fresh(host, host.embedding_dim, r)
-        super().__init__(a, b, scale, 0.0)
-        self.output_scale = self_scale
+    def __init__(self, host: Any, r: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(host, r, scale)  # ids cannot be dropped
+        # Some tables (BART, Gemma) multiply their rows.
+        self.output_scale = float(getattr(host, "embed_scale", None) or 1.0)
+
+    def shapes(self, host: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for a host."""
+        return (r, host.num_embeddings), (host.embedding_dim, r)
 
     def reset_parameters(self) -> None:
         """A is zero and B is normal: the change starts at nothing, as peft has it for tables."""
@@ -168,13 +176,23 @@ class ConvolutionLowRank(LowRank):
     Shapes: `lora_A` `(r, in, *kernel)`, `lora_B` `(out, r / groups, 1, ...)`.
     """
 
-    def __init__(self, host: Any, r: int, scale: float, dropout: float) -> None:
-        a = _fresh(host, r, host.in_channels, *host.kernel_size)
-        b = _fresh(host, host.out_channels, r // host.groups, *[1] * len(host.kernel_size))
-        super().__init__(a, b, scale, dropout)
+    def __init__(self, host: Any, r: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(host, r, scale, dropout)
         self.stride, self.dilation, self.groups = host.stride, host.dilation, host.groups
         self.padding, self.padding_mode = host.padding, host.padding_mode
         self.edges = host._reversed_padding_repeated_twice
+
+    def shapes(self, host: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for a host.
+
+        Raises:
+            ConfigError: the rank is not divisible by the groups.
+        """
+        if r % host.groups:
+            raise ConfigError(f"`r` must be divisible by {host.groups} groups, but is {r} instead.")
+        ones = (1,) * len(host.kernel_size)
+        b = (host.out_channels, r // host.groups, *ones)
+        return (r, host.in_channels, *host.kernel_size), b
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return `output + scale · B * (A * x)`."""
@@ -205,31 +223,16 @@ class ConvolutionLowRank(LowRank):
 
 def can_adapt(module: nn.Module) -> bool:
     """Whether LoRA can change what the module computes."""
-    adaptable = is_linear(module) or isinstance(module, (nn.Embedding, *_CONVOLUTIONS))
-    return adaptable and not is_uncalled(module)
+    return is_linear(module) or isinstance(module, tuple(_SPECIAL))
 
 
 def low_rank(host: nn.Module, r: int, scale: float, dropout: float) -> LowRank:
-    """Return the low-rank delta for `host`.
-
-    Raises:
-        ConfigError: the rank is not divisible by the groups of a convolution.
-    """
-    if isinstance(host, nn.Embedding):
-        return EmbeddingLowRank(host, r, scale)
-    if isinstance(host, _CONVOLUTIONS):
-        if r % host.groups:
-            raise ConfigError(f"`r` must be divisible by {host.groups} groups, but is {r} instead.")
-        return ConvolutionLowRank(host, r, scale, dropout)
-    in_features, out_features = _features(host)
-    return LowRank(_fresh(host, r, in_features), _fresh(host, out_features, r), scale, dropout)
+    """Return the low-rank delta for `host`."""
+    cls = next((cls for kind, cls in _SPECIAL.items() if isinstance(host, kind)), LowRank)
+    return cls(host, r, scale, dropout)
 
 
-def _features(host: Any) -> tuple[int, int]:
-    return tuple(host.weight.shape) if is_conv1d(host) else (host.in_features, host.out_features)
-
-
-def _fresh(host: Any, *shape: int) -> Tensor:
+def _fresh(host: Any, shape: Sequence[int]) -> Tensor:
     # Master copies: never narrower than float32, whatever the base is stored in.
     dtype = torch.float64 if host.weight.dtype == torch.float64 else torch.float32
     return torch.empty(shape, dtype=dtype, device=host.weight.device)
@@ -244,3 +247,11 @@ def _check_patterns(patterns: Sequence[str], hosts: Mapping[str, nn.Module]) -> 
 
 def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for p, value in patterns.items() if matches(p, name)), default)
+
+
+_SPECIAL: dict[type[nn.Module], type[LowRank]] = {
+    nn.Embedding: EmbeddingLowRank,
+    nn.Conv1d: ConvolutionLowRank,
+    nn.Conv2d: ConvolutionLowRank,
+}
+"""The kinds of host that are not linear."""
