@@ -41,7 +41,7 @@ class EpochLines(ProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         if self._enabled:
-            print(*args, **{"flush": True, **kwargs})
+            print(*args, **{"flush": True, **kwargs})  # noqa: T201
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.monotonic()
