@@ -211,8 +211,7 @@ class Adapter:
             raise AdapterError(
                 f"`name` must be letters, digits, `_` and `-`, but is {self.name!r} instead."
             )
-        taken = {name for other in present.values() for name in other.in_place} & set(in_place)
-        if taken:
+        if taken := {n for a in present.values() for n in a.in_place} & set(in_place):
             raise AdapterError(f"`{min(taken)}` is already trained in place by another adapter.")
 
     def _roots(self) -> list[str]:

@@ -5,6 +5,7 @@ head is what stands behind the pretrained core, and so on. Every function skips 
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import nn
 
@@ -45,8 +46,7 @@ def layers(model: nn.Module) -> list[Named]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a Linear layer, or transformers' `Conv1D`, its transposed sibling."""
-    called = isinstance(module, nn.Linear) and not isinstance(module, _UNCALLED)
-    return called or is_conv1d(module)
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and not is_uncalled(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -61,10 +61,9 @@ def is_uncalled(module: nn.Module) -> bool:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether the module is an attention block: it says so, and it owns projections."""
-    named = (
-        isinstance(module, nn.MultiheadAttention) or "attention" in type(module).__name__.lower()
-    )
-    return named and any(is_linear(child) for _, child in base_modules(module))
+    named = "attention" in type(module).__name__.lower()
+    projects = any(is_linear(child) for _, child in base_modules(module))
+    return isinstance(module, nn.MultiheadAttention) or (named and projects)
 
 
 def attentions(model: nn.Module) -> list[Named]:
@@ -137,8 +136,8 @@ def head(model: nn.Module) -> list[Named]:
 
 def head_parameters(model: nn.Module) -> list[str]:
     """Return the names of the head's parameters, and of what a loader says it found fresh."""
-    fresh = list(getattr(model, "fresh_parameters", ()))
-    return fresh + [f"{n}.{p}" for n, m in head(model) for p, _ in m.named_parameters()]
+    own = [f"{name}.{p}" for name, module in head(model) for p, _ in module.named_parameters()]
+    return [*getattr(model, "fresh_parameters", ()), *own]
 
 
 def above_layers(model: nn.Module) -> list[str]:
@@ -224,8 +223,7 @@ def _path(model: nn.Module, core: str) -> list[tuple[str, nn.Module, nn.Module]]
     """Return (prefix, parent, child) from the root down to the pretrained core."""
     path, prefix, parent = [], "", model
     for key in core.split("."):
-        child = parent._modules[key]
-        assert child is not None
+        child = cast(nn.Module, parent._modules[key])
         path.append((prefix, parent, child))
         prefix, parent = f"{prefix}{key}.", child
     return path
@@ -233,12 +231,13 @@ def _path(model: nn.Module, core: str) -> list[tuple[str, nn.Module, nn.Module]]
 
 def _core(model: nn.Module) -> str:
     """Return the name of the headless pretrained model, or of the last layer stack, or nothing."""
-    if known := [(name, m) for name, m in base_modules(model) if _is_transformers(m)]:
-        name, outer = known[0]
+    if not (stack := layers(model)):
+        return ""
+    known = [(name, module) for name, module in base_modules(model) if _is_transformers(module)]
+    for name, outer in known[:1]:
         inner = getattr(outer, "base_model_prefix", "")
         return _join(name, inner) if inner in outer._modules else name
-    stack = layers(model)
-    return stack[-1][0].rpartition(".")[0] if stack else ""
+    return stack[-1][0].rpartition(".")[0]
 
 
 def _is_transformers(module: nn.Module) -> bool:

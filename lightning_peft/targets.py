@@ -75,9 +75,7 @@ class Targets:
 
 def as_targets(targets: "Targets | Patterns | None", layers: Sequence[int] | None) -> Targets:
     """Return a method's two settings, `targets` and `layers`, as one choice."""
-    if isinstance(targets, Targets):
-        return targets
-    return Targets(targets, layers=layers)
+    return targets if isinstance(targets, Targets) else Targets(targets, layers=layers)
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:

@@ -78,8 +78,9 @@ class LoRA(Method):
 
     def in_place(self, model: nn.Module) -> list[str]:
         """Return the biases to train, as `bias` says."""
-        if self.bias == "none":
-            return []
+        return [] if self.bias == "none" else self._biases(model)
+
+    def _biases(self, model: nn.Module) -> list[str]:
         roots = tuple(self._hosts(model))
         biases = [n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"]
         return [n for n in biases if self.bias == "all" or n.rpartition(".")[0] in roots]
@@ -101,8 +102,8 @@ class LowRank(Delta):
 
     def __init__(self, host: Any, r: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        a, b = self.shapes(host, r)
-        self.lora_A, self.lora_B = nn.Parameter(_fresh(host, a)), nn.Parameter(_fresh(host, b))
+        a, b = (_fresh(host.weight, shape) for shape in self.shapes(host, r))
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, nn.Dropout(dropout) if dropout else None
         self.reset_parameters()
 
@@ -232,10 +233,9 @@ def low_rank(host: nn.Module, r: int, scale: float, dropout: float) -> LowRank:
     return cls(host, r, scale, dropout)
 
 
-def _fresh(host: Any, shape: Sequence[int]) -> Tensor:
+def _fresh(w: Tensor, shape: Sequence[int]) -> Tensor:
     # Master copies: never narrower than float32, whatever the base is stored in.
-    dtype = torch.float64 if host.weight.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=host.weight.device)
+    return torch.empty(shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
 
 
 def _check_patterns(patterns: Sequence[str], hosts: Mapping[str, nn.Module]) -> None:
