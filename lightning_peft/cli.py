@@ -25,6 +25,7 @@ from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.jobs import saved
 from lightning_peft.jobs.conf import Conf, own_folder
 from lightning_peft.jobs.explain import explain
+from lightning_peft.jobs.quiet import quieten
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped with Ctrl-C, as shells expect it."""
@@ -80,6 +81,7 @@ def _run(arguments: list[str], options: argparse.Namespace) -> None:
 
 def _run_job(config: DictConfig, arguments: Sequence[str]) -> None:
     sys.argv[1:] = arguments  # with which Lightning starts the other processes
+    quieten()
     with _one_sentence():  # here, since Hydra would print a line of its own first
         allow_packages(*config.allow)
         job = instantiate(OmegaConf.to_container(config.job, resolve=True), "job")

@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
-from lightning_peft.callbacks import log_adapter
 from lightning_peft.config import check_settings, instantiate
+from lightning_peft.data.classification import ClassificationData
 from lightning_peft.jobs import trainers
 from lightning_peft.jobs.job import Job
 from lightning_peft.jobs.outcome import finish
@@ -29,11 +29,11 @@ class Fit(Job):
     def run(self, config: DictConfig) -> None:
         settings = resolved(config)
         with created(settings) as run:
-            train(settings, run)
-        finish(settings, run, self.baseline)
+            trainer = train(settings, run)
+        finish(settings, run, trainer, self.baseline)
 
 
-def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None = None) -> None:
+def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None = None) -> Trainer:
     """Fit the module that `settings` describe, from a checkpoint on if one is given.
 
     Raises:
@@ -42,8 +42,7 @@ def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None =
     seed_everything(settings["seed"], workers=True, verbose=False)
     module, data = build(settings)
     trainer = trainers.for_training(settings, run, module.task)
-    if checkpoint is None:
-        run.describe(settings)
+    run.describe(settings)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -51,12 +50,13 @@ def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None =
             raise
         _keep(module, trainer, run)
         raise KeyboardInterrupt from stop
+    return trainer
 
 
-def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, Any]:
+def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, ClassificationData]:
     """Return the module and the data, with each other's labels and tokenizer."""
     source = instantiate(settings["model"], "model")
-    data = instantiate(settings["data"], "data")
+    data: ClassificationData = instantiate(settings["data"], "data")
     optimizer = check_settings(PEFTModule, settings["optimizer"], "optimizer")
     adapter = check_settings(PEFTModule, settings["adapter"], "adapter")
     methods = list(instantiate(settings["method"], "method").values())

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import instantiate
+from lightning_peft.data.classification import ClassificationData
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files.last_checkpoint import last_checkpoint
 from lightning_peft.jobs.run_folder import RunFolder
@@ -45,23 +46,27 @@ def checkpoint_of(run: RunFolder, which: str) -> Path:
     if not path.exists():
         remedy = "it ended before its first validation" if which == "best" else "check the path"
         raise CheckpointError(
-            f"`job.checkpoint` must be best, last or a file, but `{path}` does not exist: {remedy}; "
-            f"`job.checkpoint=last` takes the newest one."
+            f"`job.checkpoint` must be best, last or a file, but `{path}` does not exist: "
+            f"{remedy}; `job.checkpoint=last` takes the newest one."
         )
     return path
 
 
-def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, Any]:
+def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, ClassificationData]:
     """Return the module of a checkpoint, and the data with its tokenizer and labels."""
     source = instantiate(settings["model"], "model")
     module = PEFTModule.load_from_checkpoint(checkpoint, model=source)
     data = instantiate(settings["data"], "data")
-    data.connect(source.tokenizer(), labels=module.task.labels)
+    data.connect(source.tokenizer(), labels=getattr(module.task, "labels", None))
     return module, data
 
 
 def judge(
-    settings: Mapping[str, Any], checkpoint: Path, split: str, module: PEFTModule, data: Any
+    settings: Mapping[str, Any],
+    checkpoint: Path,
+    split: str,
+    module: PEFTModule,
+    data: ClassificationData,
 ) -> Judgement:
     """Score a module on the rows of a split, in one process that sees each row once."""
     trainer = for_judging(settings, [progress_bar()])

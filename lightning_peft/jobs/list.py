@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import json
 import textwrap
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from rich.text import Text
 from lightning_peft.config import TARGET, find_target
 from lightning_peft.jobs.conf import Conf, description, key_of, own_folder
 from lightning_peft.jobs.job import Job
+from lightning_peft.report import open_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class List(Job):
     """Show every group with its options; `job=list method=lora` explains LoRA's settings."""
 
     def run(self, config: DictConfig) -> None:
-        conf, console = _conf(), Console()
+        conf, console = _conf(), open_console()
         groups = [name for name in conf.groups() if name in _chosen() - {"job", "experiment"}]
         for name in groups:
             settings = OmegaConf.to_container(config[name], resolve=False)
@@ -56,7 +58,7 @@ def _texts_below_fields(cls: type) -> dict[str, str]:
     tree = ast.parse(source).body[0]
     body = tree.body if isinstance(tree, ast.ClassDef) else []
     docs = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             match below:
                 case ast.Expr(value=ast.Constant(value=str(text))):

@@ -1,10 +1,143 @@
-"""What a finished run leaves: the best adapter, the report, the curves."""
+"""What a finished run leaves: the best adapter, its report, and the curves."""
 
+import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lightning_peft.jobs.run_folder import RunFolder
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import distributed
+
+from lightning_peft.baseline import frozen_baselines
+from lightning_peft.callbacks import log_adapter
+from lightning_peft.config import instantiate
+from lightning_peft.data.classification import ClassificationData
+from lightning_peft.errors import ConfigError, DataError, MissingExtraError
+from lightning_peft.jobs import judging
+from lightning_peft.jobs.judging import Judgement
+from lightning_peft.jobs.run_folder import RunFolder, title
+from lightning_peft.module import PEFTModule
+from lightning_peft.report import (
+    Example,
+    Report,
+    Result,
+    choose_examples,
+    folder_bytes,
+    plot_curves,
+    print_report,
+    write_report,
+)
 
 
-def finish(settings: Mapping[str, Any], run: RunFolder, baseline: bool) -> None:
-    """Export the best adapter and report it."""
+def finish(settings: Mapping[str, Any], run: RunFolder, trainer: Trainer, baseline: bool) -> None:
+    """Export the best adapter and report what it was worth; the first process alone does this."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # else metrics would wait for the other processes
+    if not trainer.is_global_zero:
+        return
+    best = run.checkpoints / "best.ckpt"
+    checkpoint = judging.checkpoint_of(run, "best" if best.exists() else "last")
+    module, data = judging.load(settings, checkpoint)
+    log_adapter(trainer, module.adapter.save(run.adapter))
+    splits = [split for split in ("validation", "test") if data.has_split(split)]
+    found = {s: judging.judge(settings, checkpoint, s, module, data) for s in splits}
+    results = _baselines(settings, trainer, module, data) if baseline else []
+    results.append(_result(settings, run, trainer, module, found))
+    report = _report(settings, run, module, results, found, data)
+    write_report(run.path, report)
+    print_report(report)
+    _finish_loggers(trainer)
+
+
+def _baselines(
+    settings: Mapping[str, Any], trainer: Trainer, module: PEFTModule, data: ClassificationData
+) -> list[Result]:
+    """Return what classifiers on the frozen base are worth; none where it has no such form."""
+    model = module.task.load_model(instantiate(settings["model"], "model"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    test = data.test_dataloader() if data.has_split("test") else None
+    loaders = data.train_dataloader(), data.val_dataloader(), test
+    try:
+        found = frozen_baselines(model.to(trainer.strategy.root_device), module.task, *loaders)
+    except ConfigError as error:
+        rank_zero_warn(f"There is no baseline to compare with: {error}")
+        return []
+    return [
+        Result(
+            name=one.name,
+            validation=one.validation,
+            test=one.test,
+            trained=one.trained,
+            total=total,
+            adapter_bytes=4 * one.trained,
+            seconds=one.seconds,
+        )
+        for one in found
+    ]
+
+
+def _result(
+    settings: Mapping[str, Any],
+    run: RunFolder,
+    trainer: Trainer,
+    module: PEFTModule,
+    found: Mapping[str, Judgement],
+) -> Result:
+    timer = next(c for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+    return Result(
+        name=" + ".join(settings["method"]),
+        validation=found["validation"].metrics if "validation" in found else {},
+        test=found["test"].metrics if "test" in found else {},
+        trained=module.adapter.num_parameters,
+        total=sum(parameter.numel() for parameter in module.parameters()),
+        adapter_bytes=folder_bytes(run.adapter),
+        seconds=timer.time_elapsed("train"),
+    )
+
+
+def _report(
+    settings: Mapping[str, Any],
+    run: RunFolder,
+    module: PEFTModule,
+    results: list[Result],
+    found: Mapping[str, Judgement],
+    data: ClassificationData,
+) -> Report:
+    shown = found.get("test", found["validation"])
+    return Report(
+        title=title(settings),
+        metric=module.task.monitor.partition("/")[2],
+        results=results,
+        examples=choose_examples(_examples(shown, data)),
+        per_class=shown.per_class,
+        paths=_paths(run, shown.checkpoint),
+    )
+
+
+def _examples(shown: Judgement, data: ClassificationData) -> list[Example]:
+    return [
+        Example(
+            text=str(row[data.text]),
+            gold=str(row[data.label]),
+            predicted=predicted["label"],
+            score=predicted["score"],
+        )
+        for row, predicted in zip(shown.rows, shown.predictions, strict=True)
+    ]
+
+
+def _paths(run: RunFolder, checkpoint: Path) -> dict[str, Path]:
+    paths = {"run": run.path, "adapter": run.adapter, "checkpoint": checkpoint}
+    with contextlib.suppress(DataError, MissingExtraError):  # no metrics, or no matplotlib
+        paths["curves"] = plot_curves(run.metrics, run.curves)
+    return paths
+
+
+def _finish_loggers(trainer: Trainer) -> None:
+    """End the run on W&B, else the next job of a sweep would write into it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

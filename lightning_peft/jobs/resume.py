@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from lightning_peft.config import to_spec
 from lightning_peft.files.last_checkpoint import last_checkpoint
-from lightning_peft.jobs.fit import finish, train
+from lightning_peft.jobs.fit import Fit, train
 from lightning_peft.jobs.job import Job
+from lightning_peft.jobs.outcome import finish
 from lightning_peft.jobs.run_folder import existing, resolved
 
 
@@ -19,5 +21,6 @@ class Resume(Job):
 
     def run(self, config: DictConfig) -> None:
         settings, run = resolved(config), existing(config, "resume")
-        train(settings, run, last_checkpoint(run.path))
-        finish(settings, run, baseline=self.baseline)
+        settings["job"] = to_spec(Fit(baseline=self.baseline))
+        trainer = train(settings, run, last_checkpoint(run.path))
+        finish(settings, run, trainer, self.baseline)

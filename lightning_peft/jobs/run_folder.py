@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -63,18 +64,28 @@ class RunFolder:
 
     @rank_zero_only
     def describe(self, settings: Mapping[str, Any]) -> None:
-        """Write `config.yaml`, which repeats the run, and `environment.json`."""
+        """Write `config.yaml`, which repeats the run, and `environment.json`.
+
+        What a run that is resumed wrote there before is kept under a number: `config.1.yaml`.
+        """
         # The folder's own name stays out, so that a copy of it, or a repetition, finds its own.
         text = yaml.safe_dump({**redact(settings), "run": None, "folder": None}, sort_keys=False)
-        self.config.write_text(text, encoding="utf-8")
         environment = json.dumps(_environment(settings["seed"]), indent=2) + "\n"
-        (self.path / "environment.json").write_text(environment, encoding="utf-8")
+        for file, content in ((self.config, text), (self.path / "environment.json", environment)):
+            _keep_earlier(file)
+            file.write_text(content, encoding="utf-8")
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """Return the configuration in plain containers, with every interpolation resolved."""
-    settings = OmegaConf.to_container(config, resolve=True)
-    return {str(key): value for key, value in settings.items()}  # type: ignore[union-attr]
+    """Return the configuration in plain containers, without interpolations.
+
+    Local files and folders become absolute paths, so that a run can be taken up from anywhere.
+    """
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    for group, key in (("model", "name"), ("data", "path")):
+        if key in settings[group]:
+            settings[group][key] = _absolute(settings[group][key])
+    return {str(key): value for key, value in settings.items()}
 
 
 def existing(config: DictConfig, job: str) -> RunFolder:
@@ -95,7 +106,7 @@ def created(settings: Mapping[str, Any]) -> Iterator[RunFolder]:
     Raises:
         ConfigError: the folder exists, cannot be made, or the processes would not agree on it.
     """
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         yield RunFolder(_shared(settings))
         return
     folder = _make(settings)
@@ -117,6 +128,23 @@ def title(settings: Mapping[str, Any]) -> str:
     place = next(iter(places), "data")
     place = next(iter(place.values())) if isinstance(place, dict) else place
     return "-".join([*settings["method"], Path(str(place)).stem])
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(item) for key, item in value.items()}
+    there = isinstance(value, str) and value and Path(value).expanduser().exists()
+    return str(Path(value).expanduser().absolute()) if there else value
+
+
+def _keep_earlier(file: Path) -> None:
+    if file.exists():
+        number = next(n for n in itertools.count(1) if not _numbered(file, n).exists())
+        file.rename(_numbered(file, number))
+
+
+def _numbered(file: Path, number: int) -> Path:
+    return file.with_name(f"{file.stem}.{number}{file.suffix}")
 
 
 def _shared(settings: Mapping[str, Any]) -> Path:

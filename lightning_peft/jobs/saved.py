@@ -42,7 +42,7 @@ def store(name: str, folder: Path, overrides: Sequence[str], conf: Conf) -> list
         settings |= _option(text, conf)
     # A folder can come from a stranger: what may be imported is for the command line to say.
     settings |= {"run": str(folder), "folder": None, "allow": []}
-    primary = OmegaConf.load(conf.own / "train.yaml")
+    primary = yaml.safe_load((conf.own / "train.yaml").read_text(encoding="utf-8"))
     hydra_own = [part for part in primary["defaults"] if "hydra/" in str(part)]
     node = {"defaults": ["_self_", *hydra_own], "hydra": primary["hydra"], **settings}
     ConfigStore.instance().store(name, OmegaConf.create(node))

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lightning_peft.callbacks import WandbAdapter
 from lightning_peft.config import TARGET, instantiate
 from lightning_peft.errors import ConfigError, require
 from lightning_peft.jobs.run_folder import RunFolder
 from lightning_peft.strategies.checks import assert_same_on_all_ranks, check_strategy
 
 if TYPE_CHECKING:
-    from lightning_peft.tasks import Task
+    from lightning_peft.tasks.task import Task
 
 _STRATEGIES = {"FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
 
@@ -41,7 +44,12 @@ def for_training(settings: Mapping[str, Any], run: RunFolder, task: "Task") -> T
     trainer: Trainer = instantiate(
         {
             **spec,
-            "callbacks": [SameSettings(settings), *_callbacks(settings["callbacks"], run, task)],
+            "callbacks": [
+                SameSettings(settings),
+                Timer(),
+                WandbAdapter(settings, artifact=False),
+                *_callbacks(settings["callbacks"], run, task),
+            ],
             "logger": _loggers(settings["logger"], run),
             "default_root_dir": str(run.path),
             "enable_model_summary": False,
@@ -63,8 +71,14 @@ def for_judging(settings: Mapping[str, Any], callbacks: list[Callback]) -> Train
     """
     spec = {**settings["trainer"], "devices": 1, "num_nodes": 1, "strategy": "auto"}
     _check(spec)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer: Trainer = instantiate({**spec, **quiet, "callbacks": callbacks}, "trainer")
+    own = {
+        "callbacks": callbacks,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "plugins": [LightningEnvironment()],  # not that of torchrun, which counts all processes
+    }
+    trainer: Trainer = instantiate({**spec, **own}, "trainer")
     return trainer
 
 
