@@ -97,7 +97,9 @@ def slot_of(module: nn.Module) -> nn.ModuleDict:
     return cast(nn.ModuleDict, module._modules[SLOT])
 
 
-class _HeldInEval:
+class HeldInEval:
+    """Mixin of a frozen normalisation, which stays in eval mode."""
+
     def train(self: Any, mode: bool = True) -> Any:
         return super().train(False)  # type: ignore[misc]
 
@@ -109,7 +111,7 @@ def hold_in_eval(module: nn.Module) -> tuple[nn.Module, bool]:
         The module and the mode it had, for `release`.
     """
     training = module.training
-    module.__class__ = subclass(type(module), _HeldInEval)
+    module.__class__ = subclass(type(module), HeldInEval)
     module.eval()
     return module, training
 
