@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError, NonFiniteError
@@ -203,8 +203,8 @@ def _present_entries(path: Path) -> list[manifest.Entry]:
     """Return the entries that confirm the file now at `path`, if there is one."""
     if not path.is_file() or path.is_symlink():
         return []
-    if entries := manifest.read(manifest.manifest_path(path)):
-        return entries
+    if manifest.manifest_path(path).is_file():
+        return manifest.current(path)
     return [manifest.Entry(manifest.digest(path), path.name)]
 
 

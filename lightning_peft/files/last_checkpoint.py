@@ -50,13 +50,9 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 def _saved(path: Path) -> str:
     """Return when `path` was saved; unlike the file's own time it survives a copy."""
-    listing = path / manifest.COMMIT if path.is_dir() else manifest.manifest_path(path.resolve())
-    entries = manifest.read(listing)
-    if path.is_file() and len(entries) > 1:  # a save was killed: old or new?
-        present = manifest.digest(path)
-        entries = [entry for entry in entries if entry.digest == present]
-    times = [entry.saved for entry in entries if entry.saved]
-    return max(times, default="") or _modified(path)
+    folder = path.is_dir()
+    entries = manifest.read(path / manifest.COMMIT) if folder else manifest.current(path.resolve())
+    return max((entry.saved for entry in entries), default="") or _modified(path)
 
 
 def _modified(path: Path) -> str:

@@ -6,14 +6,17 @@ point leaves a file that one of the two confirms.
 
 import datetime
 import errno
+import glob
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 SUFFIX = ".sha256"
+_ABANDONED = 3600  # seconds after which a temporary file belongs to a save that was killed
 COMMIT = "complete.sha256"
 """Manifest inside a folder of shards; written last, it marks the folder as complete."""
 
@@ -56,6 +59,18 @@ def read(manifest: Path) -> list[Entry]:
     return entries
 
 
+def current(path: Path) -> list[Entry]:
+    """Return the entry of the file at `path`; none when its manifest is not there.
+
+    After a save that was killed the manifest lists two, and the file's bytes decide.
+    """
+    entries = read(manifest_path(path))
+    if len(entries) > 1:
+        present = digest(path)
+        entries = [entry for entry in entries if entry.digest == present]
+    return entries
+
+
 def write(manifest: Path, entries: Iterable[Entry]) -> None:
     """Replace a manifest, all or nothing."""
     # `sha256sum -c` skips lines that begin with "#".
@@ -74,6 +89,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if time.time() - leftover.stat().st_mtime > _ABANDONED:
+            leftover.unlink()
     # A name of this process's own: two runs in one folder never write into the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

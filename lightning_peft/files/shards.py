@@ -44,7 +44,12 @@ def prepare(path: Path) -> None:
     """
     with _translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(_new(path))
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove the folder of a save that did not come to its end."""
+    remove(_new(path))
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -72,6 +77,7 @@ def finish(checkpoint: dict[str, Any], path: Path) -> None:
         with moved_away(path, only_folders=False):
             new.rename(path)
             manifest.sync(path.parent)
+        manifest.manifest_path(path).unlink(missing_ok=True)  # of a file that was here before
 
 
 @contextmanager

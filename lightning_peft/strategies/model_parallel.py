@@ -116,10 +116,7 @@ class PEFTModelParallelStrategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(filepath))
         if self.save_distributed_checkpoint:
-            self._together(lambda: require_finite(checkpoint["state_dict"]))
-            self._on_rank_zero(lambda: shards.prepare(path))
-            self._together(lambda: shards.write(checkpoint, path))
-            self._on_rank_zero(lambda: shards.finish(checkpoint, path))
+            self._save_shards(checkpoint, path)
         else:
             self._on_rank_zero(lambda: self._save_file(checkpoint, path, storage_options))
 
@@ -144,6 +141,17 @@ class PEFTModelParallelStrategy(ModelParallelStrategy):
             shards.remove(Path(filepath))
         else:
             super().remove_checkpoint(filepath)
+
+    def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
+        self._together(lambda: require_finite(checkpoint["state_dict"]))
+        try:
+            self._on_rank_zero(lambda: shards.prepare(path))
+            self._together(lambda: shards.write(checkpoint, path))
+            self._on_rank_zero(lambda: shards.finish(checkpoint, path))
+        except PEFTError:
+            if self.is_global_zero:
+                shards.discard(path)
+            raise
 
     def _save_file(self, checkpoint: dict[str, Any], path: Path, options: Any | None) -> None:
         with shards.moved_away(path):
