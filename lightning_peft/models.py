@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,9 @@ class ModelSource:
             )
         model.fresh_parameters = self._fresh(model, info)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():  # renamed within transformers 5, of which all are taken
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -172,9 +175,11 @@ class ModelSource:
     @contextmanager
     def _readable(self, path: str) -> Iterator[None]:
         """Turn what transformers raises for missing or foreign files into one sentence."""
+        from safetensors import SafetensorError
+
         try:
             yield
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"the model {path!r} cannot be loaded: {first}") from error
 

@@ -230,27 +230,26 @@ class ClassificationData(pl.LightningDataModule):
         return self._tokens[split]
 
     def _split_training_rows(self) -> None:
-        table, validation, test = self._table("train"), self._read("validation"), self._read("test")
+        table, validation = self._table("train"), self._read("validation")
         self._numbers("train", table)  # a wrong label is told by its row in the file
-        train = self._without(table, test)
-        if validation is None:
+        train = self._without(table, self._read("test"))
+        self.dropped = len(table) - len(train)
+        if validation is not None:
+            self._numbers("validation", validation)
+        else:
             numbers = self._numbers("train", train)
             kept, drawn = stratified_split(numbers, self.validation, self.seed)
             train, validation = train.select(kept), train.select(drawn)
-        else:
-            self._numbers("validation", validation)
-        held_out = len(validation) if self._read("validation") is None else 0
-        train = self._without(train, validation)
-        self.dropped = len(table) - len(train) - held_out
+        new = self._without(train, validation)
+        self.dropped += len(train) - len(new)
         if self.dropped:
             rank_zero_info(f"Left out {self.dropped:,} training rows whose text is held out too.")
-        if len(train) == 0:
+        if len(new) == 0:
             raise DataError(
                 f"`path` must give training rows that are not held out too, but all of "
                 f"{self._origin('train')} stand in another split."
             )
-        self._rows["train"] = self._limited(train)
-        self._rows["validation"] = self._limited(validation)
+        self._rows |= {"train": self._limited(new), "validation": self._limited(validation)}
 
     def _without(self, rows: "Dataset", held_out: "Dataset | None") -> "Dataset":
         """Return the rows whose text does not stand in `held_out`."""

@@ -43,7 +43,7 @@ def read_file(
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise DataError(f"`path` must be a file, but {str(path)!r} is {_what_is(path)} instead.")
+        raise DataError(f"`path` must be a file, but {str(path)!r} {_what_is(path)}")
     kind = _format(path, file_format)
     if columns is not None and kind not in ("csv", "tsv"):
         raise DataError(f"`columns` must be left out for {kind}, but is {list(columns)} instead.")
@@ -131,9 +131,9 @@ def _format(path: Path, file_format: str | None) -> str:
 
 def _what_is(path: Path) -> str:
     if path.is_dir():
-        return "a folder"
+        return "is a folder."
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"missing{near_misses(path.name, siblings).rstrip('?')}"
+    return f"does not exist.{near_misses(path.name, siblings)}"
 
 
 def _read_text(path: Path, kind: str, columns: Sequence[str] | None) -> "Dataset":
