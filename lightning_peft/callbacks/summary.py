@@ -15,6 +15,7 @@ from lightning_peft.delta import SLOT
 from lightning_peft.report import open_console, readable_bytes, readable_share
 
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
+_SHOWN_KINDS = 6
 
 
 @dataclass
@@ -96,7 +97,9 @@ def _where(part: Part) -> str:
         return ""
     if len(part.modules) == 1:
         return part.modules[0]
-    return f"{len(part.modules)} modules: {part.modules[0]} … {part.modules[-1]}"
+    kinds = list(dict.fromkeys(place.rpartition(".")[2] for place in part.modules))
+    more = ", …" if len(kinds) > _SHOWN_KINDS else ""
+    return f"{len(part.modules)} modules: {', '.join(kinds[:_SHOWN_KINDS])}{more}"
 
 
 def _memory(found: list[Part], optimizers: Iterable[torch.optim.Optimizer]) -> str:

