@@ -1,6 +1,5 @@
 """The `PEFT` callback: parameter-efficient fine-tuning for any LightningModule."""
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,12 +7,12 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_peft import checkpoint as content
+from lightning_peft import averaging
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import AdapterError
-from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.hooks import PEFTHooks, adopt
+from lightning_peft.hooks import Adopted, PEFTHooks, adopt
 from lightning_peft.injection import Injection, as_methods
+from lightning_peft.loading import load_foreign
 from lightning_peft.method import Method
 from lightning_peft.targets import Patterns
 
@@ -25,7 +24,8 @@ class PEFT(Callback):
 
     The model may be built in `__init__`, `setup` or `configure_model`, and `configure_optimizers`
     may pass any parameters: those that are not trained are taken out of the optimizers.
-    Checkpoints hold only what is trained, are written atomically, and resume exactly.
+    Checkpoints hold only what is trained, are written atomically, and resume exactly. A fit that
+    writes checkpoints ends with a folder `adapter/` beside them.
 
     Args:
         methods: the method, or several in order.
@@ -37,7 +37,7 @@ class PEFT(Callback):
 
         trainer = Trainer(callbacks=[PEFT(LoRA(r=16))])
         trainer.fit(module)
-        trainer_adapter = module.peft_adapter
+        adapter = module.peft_adapter
 
     Raises:
         TargetError: when the Trainer runs, a pattern matches nothing.
@@ -68,14 +68,27 @@ class PEFT(Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Step into the module's hooks; it is injected once it has built its model."""
-        if type(pl_module).__mro__[1] is PEFTHooks and not hasattr(type(pl_module), "_made_of"):
+        if isinstance(pl_module, PEFTHooks) and not isinstance(pl_module, Adopted):
             raise AdapterError("A PEFTModule injects by itself: leave out the PEFT callback.")
+        if any(isinstance(other, PEFT) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise AdapterError(
+                "There must be one PEFT callback, but there are several: list their methods in "
+                "one, as in `PEFT([LoRA(), Freeze()])`."
+            )
+        copied = averaging.is_used(trainer, after=self)
         adopt(pl_module, self.injection)
         self._module = pl_module
+        if copied:
+            averaging.expect_early_injection(pl_module)
+            pl_module.configure_model()
 
     @staticmethod
     def load_from_checkpoint(
-        cls: type[_Module], path: str | Path, map_location: Any = "cpu", **arguments: Any
+        cls: type[_Module],  # noqa: PLW0211
+        path: str | Path,
+        /,
+        map_location: Any = "cpu",
+        **arguments: Any,
     ) -> _Module:
         """Build a LightningModule with its base, and load into it what was trained.
 
@@ -88,22 +101,4 @@ class PEFT(Callback):
         Raises:
             CheckpointError: the file is damaged, or does not belong to this base.
         """
-        loaded = AtomicCheckpointIO().load_checkpoint(path, map_location)
-        module: Any = cls(**{**_saved_arguments(cls, loaded), **arguments})
-        adopt(module, Injection.from_spec(content.record_of(loaded, path)))
-        if next(module.parameters(), None) is None:  # built where a Trainer would build it
-            super(PEFTHooks, module).setup(stage="predict")
-        module.configure_model()
-        module.on_load_checkpoint(loaded)
-        module.load_state_dict(loaded["state_dict"])
-        return module  # type: ignore[no-any-return]
-
-
-def _saved_arguments(cls: type[pl.LightningModule], loaded: dict[str, Any]) -> dict[str, Any]:
-    saved = dict(loaded.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    parameters = inspect.signature(cls.__init__).parameters
-    if (whole := loaded.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)) in parameters:
-        return {str(whole): saved}
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return saved
-    return {name: value for name, value in saved.items() if name in parameters}
+        return load_foreign(cls, path, map_location, arguments)

@@ -1,22 +1,22 @@
-"""What a Lightning checkpoint of a module with an adapter holds, and what is checked before it loads.
+"""What a checkpoint of a module with an adapter holds, and what is checked before it loads.
 
-`state_dict` holds the trained tensors and the buffers that changed; `lightning_peft` holds what they
-belong to: the methods, the base's fingerprint, the optimizers' parameter names and random states.
+`state_dict` holds the trained tensors and the buffers that changed; `lightning_peft` what they
+belong to: the methods, the base's fingerprint, the optimizers' parameter names, random states.
 """
 
-import random
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from lightning_peft.adapter import check_state
+from lightning_peft import random_state
+from lightning_peft.adapter import adapters_of, check_state
 from lightning_peft.delta import plain_name
 from lightning_peft.errors import AdapterError, CheckpointError
 from lightning_peft.fingerprint import check_fingerprint
 from lightning_peft.optimizers import group_names
+from lightning_peft.plain import make_plain
 
 if TYPE_CHECKING:
     from lightning_peft.hooks import PEFTHooks
@@ -29,39 +29,50 @@ REMEDY = (
 )
 """The name of an empty tensor among the weights, so that a strict load without us says this."""
 
+_AVERAGED, _CURRENT = "averaging_state", "current_model_state"  # what Lightning's EMA adds
+
 
 def trained(module: "PEFTHooks") -> dict[str, nn.Parameter]:
     """Return the trained parameters by their plain names in the LightningModule."""
-    named = module.peft_adapter.named_parameters()
-    return {f"{_prefix(module)}{name}": parameter for name, parameter in named.items()}
+    named, prefix = module.peft_adapter.named_parameters(), _prefix(module)
+    return {f"{prefix}{name}": parameter for name, parameter in named.items()}
+
+
+def own_tensors(module: "PEFTHooks") -> dict[str, Tensor]:
+    """Return the trained parameters and the buffers that they need, by plain name."""
+    prefix = _prefix(module)
+    return {f"{prefix}{name}": t for name, t in module.peft_adapter.tensors().items()}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of all buffers that a state dict holds, by plain name."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    state = module.state_dict(keep_vars=True)
-    return {
-        plain_name(name): tensor.detach().clone()
-        for name, tensor in state.items()
-        if isinstance(tensor, Tensor) and name not in parameters
-    }
+    return {name: buffer.detach().clone() for name, buffer in _buffers(module).items()}
+
+
+def is_fitting(module: Any) -> bool:
+    """Whether a Trainer trains the module."""
+    return module._trainer is not None and module.trainer.state.fn == "fit"
 
 
 def reduce(checkpoint: dict[str, Any], module: "PEFTHooks") -> None:
     """Leave in `checkpoint` what was trained and what changed, and add our record."""
-    full = {plain_name(name): tensor for name, tensor in checkpoint.get("state_dict", {}).items()}
-    keys = [*_own(module), *_changed_buffers(full, module)]
-    if full:  # ranks other than the first have nothing to save
-        kept = {name: full[name] for name in sorted(set(keys))}
-        checkpoint["state_dict"] = {**kept, REMEDY: torch.empty(0)}
-    for key in [key for key in checkpoint if key.endswith("hyper_parameters")]:
-        checkpoint[key] = plain(checkpoint[key])
+    own = own_tensors(module)
+    keys = sorted({*own, *_changed_buffers(module)})
+    # Averaging callbacks store whole copies of the module, beside its state or in their own.
+    for part in (checkpoint, *checkpoint.get("callbacks", {}).values()):
+        for key, state in part.items() if isinstance(part, dict) else ():
+            if isinstance(state, Mapping) and own.keys() <= _plain_names(state):
+                full = {plain_name(str(name)): tensor for name, tensor in state.items()}
+                part[key] = {name: full[name] for name in keys if name in full}
+    _require_all(checkpoint.get("state_dict"), own)
+    omegaconf = make_plain(checkpoint)
     checkpoint[RECORD] = {
         "version": VERSION,
         **module.peft_injection.to_spec(),
         "fingerprint": module.peft_adapter.base_fingerprint,
-        "random": _gather(_random_state()),
+        "random": random_state.gather(),
         "optimizers": _optimizer_names(module),
+        "omegaconf": omegaconf,
     }
 
 
@@ -78,12 +89,13 @@ def open_checkpoint(checkpoint: dict[str, Any], module: "PEFTHooks") -> dict[str
     if record is None:
         return None
     _check_record(record, module)
-    state = checkpoint.get("state_dict", {})
-    state.pop(REMEDY, None)
-    if state:
-        _check_tensors(state, module)
-    if getattr(module, "_trainer", None) is not None and cast(Any, module).trainer.optimizers:
+    checkpoint["state_dict"].pop(REMEDY, None)
+    for key in {"state_dict", _CURRENT} & checkpoint.keys():
+        _check_tensors(checkpoint[key], module)
+    if is_fitting(module):
         check_optimizers(record, module)
+    if _AVERAGED in checkpoint:  # its callback loads strictly, into a copy of the module
+        checkpoint["state_dict"] = completed(checkpoint["state_dict"], module)
     return record
 
 
@@ -103,8 +115,19 @@ def record_of(checkpoint: Mapping[str, Any], path: Any) -> Mapping[str, Any]:
 
 
 def is_reduced(state: Mapping[str, Any], module: "PEFTHooks") -> bool:
-    """Whether `state` is one of ours: it holds all that was trained."""
-    return not module.peft_pending and set(_own(module)) <= {plain_name(name) for name in state}
+    """Whether `state` is one of ours: it holds all that was trained, and nothing that is frozen."""
+    if module.peft_injection.name not in adapters_of(cast(nn.Module, module)):
+        return False
+    names, own = _plain_names(state), own_tensors(module).keys()
+    return own <= names <= own | (module.peft_buffers or {}).keys()
+
+
+def completed(state: Mapping[str, Any], module: Any) -> dict[str, Any]:
+    """Return a reduced state with the module's own tensors in place of those that it lacks."""
+    # Not the module's own `state_dict`, which the user may have made smaller.
+    full = nn.Module.state_dict(module)
+    names = {plain_name(name): name for name in full}
+    return full | {names.get(name, name): value for name, value in state.items()}
 
 
 def check_optimizers(record: Mapping[str, Any], module: "PEFTHooks") -> None:
@@ -122,19 +145,6 @@ def check_optimizers(record: Mapping[str, Any], module: "PEFTHooks") -> None:
         )
 
 
-def restore_random_state(record: Mapping[str, Any]) -> None:
-    """Put the random generators of this process where they were when the checkpoint was saved."""
-    rank, states = _rank(), record["random"]
-    if len(states) != _world_size():
-        return  # another number of processes: no state belongs to this one
-    state = states[rank]
-    torch.set_rng_state(state["torch"])
-    random.setstate((state["python"][0], tuple(state["python"][1]), state["python"][2]))
-    _set_numpy_state(state["numpy"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def use_safe_io(strategy: Any) -> None:
     """Let `strategy` save atomically and load safely, unless the user chose an IO plugin."""
     from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -145,24 +155,6 @@ def use_safe_io(strategy: Any) -> None:
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def plain(value: Any) -> Any:
-    """Return hyper-parameters in containers that a safe load accepts."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, PurePath):
-        return str(value)
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and value.ndim == 0:
-        return value.item()
-    if type(value).__name__ == "ListConfig" or isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value)) if type(value) in (list, tuple) else list(value)
-    return value
-
-
-def _own(module: "PEFTHooks") -> dict[str, Tensor]:
-    prefix = _prefix(module)
-    return {f"{prefix}{name}": t for name, t in module.peft_adapter.tensors().items()}
-
-
 def _prefix(module: Any) -> str:
     """Return what stands before the adapter's names in the state dict of the LightningModule."""
     root = module.peft_adapter.model
@@ -170,15 +162,37 @@ def _prefix(module: Any) -> str:
     return f"{name}." if name else ""
 
 
-def _changed_buffers(full: Mapping[str, Tensor], module: "PEFTHooks") -> list[str]:
+def _plain_names(state: Mapping[Any, Any]) -> set[str]:
+    return {plain_name(str(name)) for name in state}
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = nn.Module.state_dict(module, keep_vars=True).items()
+    found = {name: t for name, t in state if isinstance(t, Tensor) and name not in parameters}
+    return {plain_name(name): buffer for name, buffer in found.items()}
+
+
+def _changed_buffers(module: Any) -> list[str]:
     # The module's own running statistics and counters change too, and a resume needs them.
-    before = module.peft_buffers or {}
-    return [n for n, t in before.items() if n in full and not torch.equal(t, full[n].to(t.device))]
+    now, before = _buffers(module), module.peft_buffers or {}
+    pairs = [(name, old, now[name]) for name, old in before.items() if name in now]
+    return [n for n, old, new in pairs if not torch.equal(old.to(new.device, new.dtype), new)]
+
+
+def _require_all(state: dict[str, Any] | None, own: Mapping[str, Tensor]) -> None:
+    """Add what a `state_dict` of the user's left out, and the remedy."""
+    if state:  # processes other than the first may have nothing to save
+        state |= {name: tensor.detach() for name, tensor in own.items() if name not in state}
+        state[REMEDY] = torch.empty(0)
 
 
 def _check_record(record: Mapping[str, Any], module: "PEFTHooks") -> None:
     if record["version"] != VERSION:
-        raise CheckpointError(f"Its version must be {VERSION}, but is {record['version']} instead.")
+        raise CheckpointError(
+            f"The checkpoint's version must be {VERSION}, but is {record['version']} instead: "
+            "update lightning-peft."
+        )
     expected = module.peft_injection.to_spec()
     for key, value in expected.items():
         if record[key] != value:
@@ -198,11 +212,12 @@ def _difference(key: str, stored: Any, present: Any) -> str:
     )
 
 
-def _check_tensors(state: dict[str, Any], module: "PEFTHooks") -> None:
-    wanted = _own(module)
-    extra = state.keys() & (module.peft_buffers or {}).keys() - wanted.keys()
+def _check_tensors(state: Mapping[str, Any], module: "PEFTHooks") -> None:
+    wanted = own_tensors(module)
+    # Buffers of the module are there when they changed.
+    wanted |= {name: t for name, t in (module.peft_buffers or {}).items() if name in state}
     try:
-        check_state(wanted, {n: t for n, t in state.items() if n not in extra}, "the checkpoint")
+        check_state(wanted, state, "the checkpoint")
     except AdapterError as error:
         raise CheckpointError(f"The checkpoint does not fit: {error}") from error
 
@@ -216,40 +231,3 @@ def _optimizer_names(module: "PEFTHooks") -> list[list[list[str]]]:
 
 def _sizes(names: list[list[list[str]]]) -> str:
     return ", ".join(str(len(group)) for optimizer in names for group in optimizer)
-
-
-def _random_state() -> dict[str, Any]:
-    import numpy as np
-
-    version, internal, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(internal), gauss],
-        "numpy": [str(kind), torch.from_numpy(keys.astype("int64")), *rest],
-    }
-
-
-def _set_numpy_state(state: list[Any]) -> None:
-    import numpy as np
-
-    kind, keys, *rest = state
-    np.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-
-
-def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
-    states: list[Any] = [None] * _world_size()
-    if len(states) == 1:
-        return [state]
-    distributed.all_gather_object(states, state)
-    return states
-
-
-def _world_size() -> int:
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready else 1
-
-
-def _rank() -> int:
-    return distributed.get_rank() if _world_size() > 1 else 0

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.adapter import Adapter
+from lightning_peft.adapter import Adapter, adapters_of
+from lightning_peft.anatomy import head_parameters
 from lightning_peft.config import instantiate, to_spec
+from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method, inject
 from lightning_peft.strategies.checks import refuse_wrapped
-from lightning_peft.targets import Patterns, as_patterns
+from lightning_peft.targets import Patterns, as_patterns, trained_in_place
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,19 @@ class Injection:
     within: str = ""
     """The attribute of the LightningModule to inject; empty for the LightningModule itself."""
 
-    def into(self, model: nn.Module) -> Adapter:
-        """Inject into `model`, which must not be wrapped or sharded yet."""
+    def into(self, module: nn.Module) -> Adapter:
+        """Inject into a LightningModule, or take over the equal adapter that it carries.
+
+        Raises:
+            AdapterError: the base is wrapped or sharded, or carries another adapter of this name.
+            TargetError: a pattern matches nothing.
+        """
+        found = adapters_of(module).get(self.name)
+        if found is not None:
+            self._require_equal(found)
+            _require_frozen_around(found, module)
+            return found
+        model = module.get_submodule(self.within)
         refuse_wrapped(model)
         return inject(model, self.methods, self.name, train=self.train, head=self.head)
 
@@ -51,6 +64,29 @@ class Injection:
         """Return the settings that `to_spec` gave."""
         methods = tuple(instantiate(method) for method in spec["methods"])
         return cls(methods, spec["name"], tuple(spec["train"]), spec["head"])
+
+    def _require_equal(self, found: Adapter) -> None:
+        in_place = {name for method in self.methods for name in method.in_place(found.model)}
+        in_place |= {*(trained_in_place(found.model, self.train) if self.train else ())}
+        in_place |= {*(head_parameters(found.model) if self.head else ())}
+        if found.methods != self.methods or set(found.in_place) != in_place:
+            raise AdapterError(
+                f"The model already carries {found!r}, which trains "
+                f"{len(found.in_place)} tensors in place, and not what is asked for "
+                f"({', '.join(map(repr, self.methods))}, {len(in_place)} in place): take it out "
+                "with its `remove()`, or build the model anew."
+            )
+
+
+def _require_frozen_around(adapter: Adapter, module: nn.Module) -> None:
+    own = set(map(id, adapter.model.parameters()))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise AdapterError(
+                f"`{name}` is trainable, but lies outside of the model that carries the adapter "
+                "and would neither be trained nor saved: freeze it, or leave out `inject` and let "
+                "the PEFT callback inject into the whole module."
+            )
 
 
 def as_methods(methods: Method | Sequence[Method]) -> tuple[Method, ...]:

@@ -1,6 +1,7 @@
 """`PEFTModule`: a LightningModule around a bare model and a task."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_peft.hooks import PEFTHooks
 from lightning_peft.injection import Injection, as_methods
 from lightning_peft.method import Method
 from lightning_peft.models import ModelSource
-from lightning_peft.schedule import WarmupDecay
+from lightning_peft.schedule import warmup_decay
 from lightning_peft.targets import Patterns
 from lightning_peft.tasks.task import Task
 
@@ -83,10 +84,11 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
         self.save_hyperparameters({**described, **self.peft_injection.to_spec(), **settings})
         self.validation_metrics = task.metrics().clone(prefix="val/")
         self.test_metrics = task.metrics().clone(prefix="test/")
+        self.peft_inject()
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter; it is injected when a Trainer runs, or by `configure_model()`."""
+        """The adapter, there from the start."""
         return self.peft_adapter
 
     @classmethod
@@ -115,7 +117,6 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
         for key in ("methods", "task"):
             settings[key] = instantiate(settings[key])
         module = cls(**settings)
-        module.configure_model()
         module.on_load_checkpoint(loaded)
         module.load_state_dict(loaded["state_dict"])
         return module
@@ -145,8 +146,18 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW over what is trained, and its schedule by optimizer step."""
         optimizer = torch.optim.AdamW(self._groups(), lr=self.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
-        factor = WarmupDecay(steps, round(self.hparams["warmup"] * steps), self.hparams["schedule"])
+        steps, course = self.trainer.estimated_stepping_batches, self.hparams["schedule"]
+        if steps == float("inf"):
+            raise ConfigError(
+                "`max_steps` or `max_epochs` of the Trainer must be given, or the learning rate's "
+                "course has no end."
+            )
+        factor = partial(
+            warmup_decay,
+            steps=int(steps),
+            warmup=round(self.hparams["warmup"] * steps),
+            course=course,
+        )
         schedule = LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
@@ -169,7 +180,7 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
         size = len(out.targets) if out.targets is not None else None
         self.log(f"{split}/loss", out.loss, prog_bar=True, batch_size=size, sync_dist=True)
         metrics.update(out.predictions, out.targets)
-        self.log_dict(metrics, prog_bar=True, batch_size=size)  # type: ignore[arg-type]
+        self.log_dict(metrics, prog_bar=True, batch_size=size)
 
 
 def _describe(model: nn.Module | ModelSource) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Which parameters an optimizer holds: exactly those that are trained, in a fixed order."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,19 +21,20 @@ def keep_trainable(configured: Any, trained: Mapping[str, nn.Parameter]) -> None
     group holds (the module listed its parameters before the injection) joins the first group.
 
     Raises:
-        ConfigError: several optimizers, and it is open which one a parameter belongs to.
+        ConfigError: it is open which optimizer a parameter belongs to, or it cannot join.
     """
     optimizers = optimizers_in(configured)
     if not optimizers:
         return
-    names = {id(parameter): name for name, parameter in trained.items()}
-    held: set[str] = set()
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        kept = sorted({names[id(p)] for p in group["params"] if id(p) in names} - held)
-        held.update(kept)
-        _fill(group, kept, trained)
-    if absent := sorted(trained.keys() - held):
-        _join_first(optimizers, absent, trained)
+    closed = len(optimizers) > 1 or bool(optimizers[0].state)
+    held = {name for optimizer in optimizers for name in _keep(optimizer, trained)}
+    absent = sorted(trained.keys() - held)
+    if absent and closed:
+        raise ConfigError(
+            f"`{absent[0]}` is trained, but no optimizer of `configure_optimizers` holds it, and "
+            "it cannot join one later: list the parameters there (`self.parameters()`), not before."
+        )
+    _join(optimizers[0].param_groups[0], absent, trained)
 
 
 def group_names(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[list[str]]:
@@ -42,20 +43,25 @@ def group_names(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> li
     return [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _join_first(
-    optimizers: list[Optimizer], absent: list[str], trained: Mapping[str, nn.Parameter]
-) -> None:
-    if len(optimizers) > 1:
-        raise ConfigError(
-            f"`{absent[0]}` is trained, but none of the {len(optimizers)} optimizers of "
-            "`configure_optimizers` holds it: pass it to the one that it belongs to."
-        )
-    group = optimizers[0].param_groups[0]
+def _keep(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> set[str]:
+    names = {id(parameter): name for name, parameter in trained.items()}
+    held: set[str] = set()
+    for group in optimizer.param_groups:
+        kept = sorted({names[id(p)] for p in group["params"] if id(p) in names} - held)
+        held.update(kept)
+        for parameter in group["params"]:
+            if id(parameter) not in names:  # some (Adagrad) have a state from the start
+                optimizer.state.pop(parameter, None)
+        _fill(group, kept, trained)
+    return held
+
+
+def _join(group: dict[str, Any], absent: list[str], trained: Mapping[str, nn.Parameter]) -> None:
     names = {id(parameter): name for name, parameter in trained.items()}
     _fill(group, sorted([*absent, *(names[id(p)] for p in group["params"])]), trained)
 
 
-def _fill(group: dict[str, Any], names: list[str], trained: Mapping[str, nn.Parameter]) -> None:
+def _fill(group: dict[str, Any], names: Sequence[str], trained: Mapping[str, nn.Parameter]) -> None:
     # In place: some optimizers (LBFGS) keep a reference to the list itself.
     group["params"][:] = [trained[name] for name in names]
     group.pop("param_names", None)

@@ -1,33 +1,26 @@
 """The course of the learning rate: a linear warm-up, then a decay."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 Course = Literal["linear", "cosine", "constant"]
 
 
-@dataclass
-class WarmupDecay:
-    """Factor of the learning rate by optimizer step, for `torch.optim.lr_scheduler.LambdaLR`.
+def warmup_decay(step: int, *, steps: int, warmup: int, course: Course = "linear") -> float:
+    """Return the factor of the learning rate at an optimizer step, counted from 0.
 
-    A plain object and no lambda: the scheduler's state can then be stored and read safely.
+    As a `functools.partial` it leaves nothing in the state of a `LambdaLR`, so that a run that is
+    resumed for more epochs follows its new course.
+
+    Args:
+        step: the step.
+        steps: optimizer steps in all.
+        warmup: steps over which the factor rises from 0 to 1.
+        course: how it falls to 0 afterwards; `constant` does not fall.
     """
-
-    steps: int
-    """Optimizer steps in all."""
-
-    warmup: int
-    """Steps over which the factor rises from 0 to 1."""
-
-    course: Course = "linear"
-    """How it falls to 0 afterwards; `constant` does not fall."""
-
-    def __call__(self, step: int) -> float:
-        """Return the factor at `step`, counted from 0."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.course == "constant":
-            return 1.0
-        left = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
-        return left if self.course == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if course == "constant":
+        return 1.0
+    left = max(0.0, (steps - step) / max(1, steps - warmup))
+    return left if course == "linear" else 0.5 * (1 - math.cos(math.pi * left))

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft.adapter import Adapter, check_state
@@ -29,9 +30,14 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
     Raises:
         CheckpointError: the folder cannot be written, or a tensor holds NaN or infinite values.
     """
+    return write_adapter(adapter, adapter.state_dict(), folder)
+
+
+def write_adapter(adapter: Adapter, tensors: Mapping[str, Tensor], folder: str | Path) -> Path:
+    """Write `adapter` to `folder` with the values of `tensors`, gathered from where they live."""
     from safetensors.torch import save
 
-    state = {name: t.cpu().contiguous() for name, t in adapter.state_dict().items()}
+    state = {name: t.cpu().contiguous() for name, t in tensors.items()}
     try:
         check_state(state, state, f"adapter `{adapter.name}`")
     except PEFTError as error:
@@ -69,7 +75,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     state = {_renamed(key, old, new): tensor for key, tensor in load(data).items()}
     present = fingerprint(model, set(state))
     check_fingerprint(config["fingerprint"], present, f"`{folder}`")
-    adapter = inject(model, methods, new, train=config["in_place"], head=False)
+    exactly = [f"re:{re.escape(parameter)}" for parameter in config["in_place"]]
+    adapter = inject(model, methods, new, train=exactly, head=False)
     with _removed_on_error(adapter, folder):
         adapter.load_state_dict(state)
     return adapter

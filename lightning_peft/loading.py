@@ -1,0 +1,59 @@
+"""Rebuilding a foreign LightningModule from what was trained in it."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import AttributeDict
+
+from lightning_peft import checkpoint as content
+from lightning_peft.delta import SLOT, plain_name
+from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
+from lightning_peft.hooks import adopt
+from lightning_peft.injection import Injection
+from lightning_peft.plain import saved_settings
+
+_Module = TypeVar("_Module", bound=pl.LightningModule)
+
+
+def load_foreign(
+    cls: type[_Module], path: str | Path, map_location: Any, arguments: Mapping[str, Any]
+) -> _Module:
+    """Build the module with the saved hyper-parameters and `arguments`, inject, and load."""
+    loaded = AtomicCheckpointIO().load_checkpoint(path, map_location)
+    record = content.record_of(loaded, path)
+    module: Any = cls(**{**_saved_arguments(cls, loaded, record), **arguments})
+    _build(module, loaded["state_dict"])
+    adopt(module, Injection.from_spec(record))
+    module.configure_model()
+    module.on_load_checkpoint(loaded)
+    module.load_state_dict(loaded["state_dict"])
+    return module
+
+
+def _build(module: pl.LightningModule, state: Mapping[str, Any]) -> None:
+    """Run the hooks in which a Trainer would let the module build its model, if it did not yet."""
+    for hook in (module.configure_model, lambda: module.setup(stage="predict")):
+        if not _is_built(module, state):
+            hook()
+
+
+def _is_built(module: pl.LightningModule, state: Mapping[str, Any]) -> bool:
+    names = {plain_name(name) for name, _ in module.named_modules()}
+    names |= {plain_name(name) for name in module.state_dict()}
+    needed = {name.partition(f"{SLOT}.")[0].rstrip(".") for name in state.keys() - {content.REMEDY}}
+    return needed <= names
+
+
+def _saved_arguments(
+    cls: type[pl.LightningModule], loaded: Mapping[str, Any], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    saved = saved_settings(loaded, record["omegaconf"])
+    parameters = inspect.signature(cls.__init__).parameters
+    open_ended = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    whole = str(loaded.get(cls.CHECKPOINT_HYPER_PARAMS_NAME))
+    if whole in parameters and parameters[whole] not in open_ended:
+        return {whole: AttributeDict(saved) if isinstance(saved, dict) else saved}
+    return {str(name): saved[name] for name in saved if open_ended or name in parameters}

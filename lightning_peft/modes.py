@@ -1,0 +1,31 @@
+"""Train and eval mode in a module whose base is frozen."""
+
+import warnings
+
+from torch import nn
+
+from lightning_peft.delta import HeldInEval
+
+
+def prepare(module: nn.Module, within: str) -> None:
+    """Let layers recompute activations, and hold back a warning of what is in eval mode by design.
+
+    Args:
+        module: the LightningModule.
+        within: the name of the base in it, where the base keeps the modes that it came with.
+    """
+    # transformers recomputes a layer only in train mode, and `from_pretrained` returns eval mode.
+    # The flag of the layer alone is set: its dropout stays as the user has it.
+    for child in module.modules():
+        if getattr(child, "gradient_checkpointing", False):
+            child.training = True
+    _hold_back_warning(module, within)
+
+
+def _hold_back_warning(module: nn.Module, within: str) -> None:
+    """Keep Lightning from warning, unless a module is in eval mode that we do not know of."""
+    base = set(module.get_submodule(within).modules()) if within else set()
+    in_eval = [child for child in module.modules() if not child.training]
+    if in_eval and all(isinstance(child, HeldInEval) or child in base for child in in_eval):
+        count = rf"Found {len(in_eval)} module\(s\) in eval mode at the start of training"
+        warnings.filterwarnings("ignore", count)
