@@ -53,12 +53,12 @@ def discard(path: Path) -> None:
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write this process's part of the tensors, and take them out of `checkpoint`. Collective.
+    """Write this process's part of the tensors of the model and the optimizers. Collective.
 
     Raises:
         CheckpointError: the disk of one of the processes refused.
     """
-    tensors = dict(_take_tensors(checkpoint))
+    tensors, _ = _split(checkpoint)
     writer = HuggingFaceStorageWriter(str(_new(path)), save_distributed=True)
     with _translated(path):
         save_distributed(tensors, storage_writer=writer)
@@ -71,8 +71,9 @@ def finish(checkpoint: dict[str, Any], path: Path) -> None:
         CheckpointError: the disk refused.
     """
     new = _new(path)
+    _, rest = _split(checkpoint)
     with _translated(path):
-        torch.save(checkpoint, new / _META)
+        torch.save(rest, new / _META)
         manifest.commit(new)
         with moved_away(path, only_folders=False):
             new.rename(path)
@@ -150,15 +151,25 @@ def _new(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def _take_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``state_dict.<name>`` and ``optimizer_<i>.<position>.<key>``, and remove them."""
+def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return ``state_dict.<name>`` and ``optimizer_<i>.<position>.<key>``, and all the rest.
+
+    `checkpoint` stays as it is: an optimizer's entries in it are those that it works with.
+    """
     seen: set[int] = set()
-    for name, tensor in checkpoint.pop(_MODEL).items():
-        yield f"{_MODEL}.{name}", _unshared(tensor, seen)
+    state = checkpoint[_MODEL]
+    tensors = {f"{_MODEL}.{name}": _unshared(tensor, seen) for name, tensor in state.items()}
+    rest = {key: value for key, value in checkpoint.items() if key != _MODEL}
+    if "optimizer_states" in checkpoint:
+        rest["optimizer_states"] = []
     for i, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        left: dict[int, dict[str, Any]] = {}
         for position, entry in optimizer["state"].items():
-            for key in [key for key, value in entry.items() if isinstance(value, Tensor)]:
-                yield f"optimizer_{i}.{position}.{key}", entry.pop(key)
+            left[position] = {k: v for k, v in entry.items() if not isinstance(v, Tensor)}
+            held = {k: v for k, v in entry.items() if isinstance(v, Tensor)}
+            tensors |= {f"optimizer_{i}.{position}.{key}": value for key, value in held.items()}
+        rest["optimizer_states"].append({**optimizer, "state": left})
+    return tensors, rest
 
 
 def _put_tensors(checkpoint: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

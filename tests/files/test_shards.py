@@ -38,6 +38,7 @@ def save(path: Path, value: float = 1.0) -> Path:
     shards.prepare(path)
     shards.write(content, path)
     shards.finish(content, path)
+    assert equal(content, checkpoint(value)), "optimizers go on working with these entries"
     return path
 
 

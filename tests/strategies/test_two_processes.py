@@ -85,6 +85,7 @@ def test_one_process_reads_what_two_have_written(trained: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 @pytest.mark.parametrize("kind", ["ddp", "file"])
 def test_one_process_goes_on_where_two_left_off(outcome: Path, kind: str, tmp_path: Path) -> None:
     shutil.copytree(outcome / kind / "run", tmp_path / "run")
