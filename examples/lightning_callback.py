@@ -95,7 +95,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=800, help="rows of each split at most")
+    parser.add_argument("--rows", type=int, default=640, help="rows of each split at most")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     parser.add_argument("--lr", type=float, default=1e-3)

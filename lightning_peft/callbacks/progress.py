@@ -18,9 +18,7 @@ def progress_bar() -> ProgressBar:
     console = Console()
     if not (console.is_terminal or console.is_jupyter):
         return EpochLines()
-    theme = RichProgressBarTheme(
-        description="bold", progress_bar="cyan", progress_bar_finished="green", metrics="none"
-    )
+    theme = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="green", metrics="none")
     # Lightning's default of a hundred frames a second takes time from training on few cores.
     return RichProgressBar(refresh_rate=2, theme=theme)
 

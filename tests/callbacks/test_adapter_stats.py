@@ -1,5 +1,9 @@
 """Learning rate and gradient norm reach the logger at the steps that are logged."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +104,19 @@ def test_groups_with_different_rates_are_told_apart() -> None:
     assert learning_rates(optimizer) == {"lr": 0.5}
     optimizer.param_groups[0]["lr"] = 1.0
     assert learning_rates(optimizer) == {"lr/head": 1.0, "lr/1": 0.5}
+
+
+def test_a_gradient_that_is_sharded_over_two_processes_has_one_norm(tmp_path: Path) -> None:
+    script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sharded_norm.py"))]
+    root = str(Path(__file__).parents[2])
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    ranks = [
+        subprocess.Popen(
+            [*script, str(tmp_path / "store"), str(rank)], stdout=subprocess.PIPE, env=settings
+        )
+        for rank in range(2)
+    ]
+    norms = [json.loads(process.communicate(timeout=300)[0]) for process in ranks]
+    assert norms[0]["whole"] > 0
+    for norm in norms:
+        assert norm == pytest.approx({"whole": norms[0]["whole"], "sharded": norms[0]["whole"]})
