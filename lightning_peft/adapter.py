@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lightning_peft.delta import (
     SLOT,
     Delta,
+    HeldInEval,
     NotMergeable,
+    Unforgivable,
     attach,
     detach,
     hold_in_eval,
@@ -44,6 +46,8 @@ class Adapter:
         methods: the methods, in order.
     """
 
+    _disabled = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -54,12 +58,13 @@ class Adapter:
     ) -> None:
         self.model, self.name, self.methods = model, name, tuple(methods)
         self._check(in_place)
-        self._required = {n: p.requires_grad for n, p in model.named_parameters()}
-        model.requires_grad_(False)
-        for host, key, delta in deltas:
-            attach(model.get_submodule(host), key, delta)
-        self._hosts = [(host, key) for host, key, _ in deltas]
-        self.in_place = sorted(set(in_place))
+        base = list(model.named_parameters())
+        self._required = {plain_name(n): p.requires_grad for n, p in base}
+        _attach_all(model, deltas)
+        for _, parameter in base:
+            parameter.requires_grad_(False)
+        self._hosts = [(plain_name(host), key) for host, key, _ in deltas]
+        self.in_place = sorted({plain_name(name) for name in in_place})
         self._originals = self._set_aside() if in_place else {}
         self._held = _hold_frozen_norms(model, self.in_place)
         _registry(model)[name] = self
@@ -73,7 +78,9 @@ class Adapter:
     @property
     def deltas(self) -> list[tuple[str, nn.Module, Delta]]:
         """The host's name, the host and the delta, for each delta in the order of attachment."""
-        hosts = [(name, key, self.model.get_submodule(name)) for name, key in self._hosts]
+        self._require_present()
+        modules = _modules(self.model)
+        hosts = [(name, key, modules[name]) for name, key in self._hosts]
         return [(name, host, cast(Delta, slot_of(host)[key])) for name, key, host in hosts]
 
     @functools.cached_property
@@ -94,7 +101,7 @@ class Adapter:
     @property
     def num_bytes(self) -> int:
         """How many bytes the adapter's state takes."""
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return what is trained, sorted by name; names are those of `model.named_parameters()`."""
@@ -109,6 +116,7 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors and the buffers that they need, by the model's own keys."""
+        self._require_enabled("state_dict()")
         return {name: tensor.detach() for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -117,6 +125,7 @@ class Adapter:
         Raises:
             AdapterError: a tensor is missing, unexpected, misshapen, of another kind or not finite.
         """
+        self._require_enabled("load_state_dict()")
         own = self.tensors()
         check_state(own, state, f"adapter `{self.name}`")
         with torch.no_grad():
@@ -135,9 +144,11 @@ class Adapter:
         tuned = self._swap(self._originals)
         for delta in active:
             delta.active = False
+        outer, self._disabled = self._disabled, True
         try:
             yield self.model
         finally:
+            self._disabled = outer
             self._swap(tuned)
             for delta in active:
                 delta.active = True
@@ -148,18 +159,18 @@ class Adapter:
         Raises:
             AdapterError: the originals of what is trained in place were not kept.
         """
+        self._require_enabled("remove()")
         self._require_originals("remove()")
         self._swap(self._originals)
         return self.forget()
 
     def forget(self) -> nn.Module:
         """Take the deltas out and return the model; what was trained in place stays as it is."""
-        for module, training in reversed(self._held):
-            release(module, training)
+        self._require_enabled("forget()")
+        modules = _modules(self.model)
         for host, key in reversed(self._hosts):
-            detach(self.model.get_submodule(host), key)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required.get(plain_name(name), False))
+            detach(modules[host], key)
+        self._restore_flags()
         self._guard.remove()
         del _registry(self.model)[self.name]
         _tell_transformers(self.model)
@@ -176,6 +187,7 @@ class Adapter:
         Raises:
             NotMergeable: a delta cannot be folded in, or the weight is shared with another module.
         """
+        self._require_enabled("merge()")
         before = [(p, p.data) for _, host, _ in self.deltas for p in host.parameters(recurse=False)]
         try:
             self._refuse_shared()
@@ -214,14 +226,43 @@ class Adapter:
         if taken := {n for a in present.values() for n in a.in_place} & set(in_place):
             raise AdapterError(f"`{min(taken)}` is already trained in place by another adapter.")
 
+    def _restore_flags(self) -> None:
+        # What an adapter that came later found in this one's way, it must not restore.
+        names = list(_registry(self.model))
+        for later in names[names.index(self.name) + 1 :][:1]:
+            heir = _registry(self.model)[later]
+            heir._required |= self._required
+            heir._held = [*self._held, *heir._held]
+            return
+        for module, training in reversed(self._held):
+            release(module, training)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required.get(plain_name(name), False))
+
+    def _require_present(self) -> None:
+        if self.model.__dict__.get("_adapters", {}).get(self.name) is not self:
+            raise AdapterError(
+                f"Adapter `{self.name}` is no longer in the model: it was removed or merged."
+            )
+
+    def _require_enabled(self, what: str) -> None:
+        self._require_present()
+        if self._disabled:
+            raise AdapterError(
+                f"`{what}` within `disabled()` would take the base for what was trained: call it "
+                "after that context."
+            )
+
     def _roots(self) -> list[str]:
         return [f"{host}.{SLOT}.{key}.".lstrip(".") for host, key in self._hosts]
 
     def _set_aside(self) -> dict[str, Tensor] | None:
         # The base's own storage is put aside and a copy is trained: pointers suffice to go back.
         originals = {name: t.detach() for name, t in self._in_place_tensors().items()}
-        for name in self.in_place:
-            self.model.get_parameter(name).requires_grad_(True)
+        in_place = set(self.in_place)
+        for name, parameter in self.model.named_parameters():
+            if plain_name(name) in in_place:
+                parameter.requires_grad_(True)
         if not all(method.keeps_original for method in self.methods):
             return None
         self._swap({name: tensor.clone() for name, tensor in originals.items()})
@@ -229,10 +270,11 @@ class Adapter:
 
     def _in_place_tensors(self) -> dict[str, Tensor]:
         owners = {name.rpartition(".")[0] for name in self.in_place}
+        modules = _modules(self.model)
         named = {plain_name(n): p for n, p in self.model.named_parameters()}
         tensors: dict[str, Tensor] = {name: named[name] for name in self.in_place}
         for owner in sorted(owners):
-            module = self.model.get_submodule(owner)
+            module = modules[owner]
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
                     tensors[f"{owner}.{name}".lstrip(".")] = buffer
@@ -246,12 +288,12 @@ class Adapter:
         return tensors | (self._in_place_tensors() if self.in_place else {})
 
     def _swap(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        replaced, present = {}, self._in_place_tensors() if tensors else {}
-        for name, tensor in (tensors or {}).items():
-            target = present[name]
-            if type(target.data) is not torch.Tensor:
-                raise AdapterError(f"`{name}` is sharded over processes and cannot be exchanged.")
-            replaced[name] = target.detach()
+        present = self._in_place_tensors() if tensors else {}
+        pairs = {name: (present[name], tensor) for name, tensor in (tensors or {}).items()}
+        for name, (target, tensor) in pairs.items():
+            _refuse_exchange(name, target, tensor)
+        replaced = {name: target.detach() for name, (target, _) in pairs.items()}
+        for target, tensor in pairs.values():
             target.data = tensor.to(target.device, target.dtype)
         return replaced
 
@@ -263,8 +305,8 @@ class Adapter:
             )
 
     def _refuse_shared(self) -> None:
-        named = self.model.named_parameters(remove_duplicate=False)
-        owners = Counter(id(parameter) for _, parameter in named)
+        modules = self.model.modules()
+        owners = Counter(id(p) for module in modules for p in module._parameters.values())
         for name, host, _ in self.deltas:
             if any(owners[id(p)] > 1 for p in host.parameters(recurse=False)):
                 raise NotMergeable(f"`{name}` shares its weight with another module.")
@@ -301,24 +343,52 @@ def _check_tensor(name: str, own: Tensor, new: Any) -> None:
         raise AdapterError(f"`{name}` holds NaN or infinite values.")
 
 
+def _refuse_exchange(name: str, present: Tensor, other: Tensor) -> None:
+    if type(present.data) is not torch.Tensor:
+        raise AdapterError(f"`{name}` is sharded over processes and cannot be exchanged.")
+    if other.is_meta and not present.is_meta:
+        raise AdapterError(
+            f"`{name}` had no values yet at the injection, since the model was on the meta device: "
+            "there is nothing to go back to; fill the model first, then inject."
+        )
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    named = model.named_modules(remove_duplicate=False)
+    return {plain_name(name): module for name, module in named}
+
+
+def _attach_all(model: nn.Module, deltas: Sequence[tuple[str, str, Delta]]) -> None:
+    hosts = [(model.get_submodule(host), key) for host, key, _ in deltas]
+    for i, (host, key) in enumerate(hosts):
+        try:
+            attach(host, key, deltas[i][2])
+        except AdapterError:
+            for attached, name in reversed(hosts[:i]):
+                detach(attached, name)
+            raise
+
+
 def _registry(model: nn.Module) -> dict[str, Adapter]:
     registry: dict[str, Adapter] = model.__dict__.setdefault("_adapters", {})
     return registry
 
 
 def _refuse_partial(
-    model: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, strict: bool, *lists: list[str]
+    model: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, __: bool, *lists: list[str]
 ) -> None:
     # A state dict of the bare base holds no tensor of an adapter; any other must hold all of them.
-    for adapter in model.__dict__["_adapters"].values() if strict else ():
+    missing = lists[0]
+    for adapter in model.__dict__["_adapters"].values():
         own = {f"{prefix}{name}" for name in adapter.tensors() if SLOT in name.split(".")}
-        if missing := sorted(own - state.keys() if own & state.keys() else ()):
-            lists[-1].append(f"Missing of adapter `{adapter.name}`: {', '.join(missing)}.")
+        lost = own - state.keys() - set(missing) if own & state.keys() else ()
+        missing.extend(map(Unforgivable, sorted(lost)))
 
 
 def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[tuple[nn.Module, bool]]:
     trained = {name.rpartition(".")[0] for name in in_place}
-    norms = [m for n, m in model.named_modules() if isinstance(m, _NORM) and n not in trained]
+    norms = [m for n, m in _modules(model).items() if isinstance(m, _NORM) and n not in trained]
+    norms = [norm for norm in norms if not isinstance(norm, HeldInEval)]
     return [hold_in_eval(norm) for norm in norms if norm.track_running_stats]
 
 

@@ -26,6 +26,12 @@ class NotMergeable(AdapterError):
     """The change cannot be written into the host's weights."""
 
 
+class Unforgivable(str):
+    """A key whose absence from a state dict is an error although it belongs to an adapter."""
+
+    __slots__ = ()
+
+
 class Delta(nn.Module):
     """What a method adds to one module; active from the start.
 
@@ -111,15 +117,21 @@ def hold_in_eval(module: nn.Module) -> tuple[nn.Module, bool]:
         The module and the mode it had, for `release`.
     """
     training = module.training
-    module.__class__ = subclass(type(module), HeldInEval)
+    module.__class__ = subclass(cast(type, type(module)), HeldInEval)
     module.eval()
     return module, training
 
 
 def release(module: nn.Module, training: bool) -> None:
     """Undo `hold_in_eval`; `training` is the mode that the module had."""
-    module.__class__ = superclass(type(module))
+    module.__class__ = _without(type(module), HeldInEval)
     module.train(training)
+
+
+class _Quiet:
+    # A class may count its subclasses, or ask them for settings; it must not meet ours.
+    def __init_subclass__(cls) -> None:
+        pass
 
 
 @functools.cache
@@ -127,7 +139,8 @@ def subclass(base: type, *mixins: type) -> type:
     """Return the one subclass of `base` with `mixins` in front; it prints and pickles like it."""
     body = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"__reduce_ex__": _reduce, "_made_of": (base, mixins)}
-    return type(base.__name__, (*mixins, base), body)
+    bases = (*mixins, base) if issubclass(base, _Quiet) else (*mixins, _Quiet, base)
+    return type(base.__name__, bases, body)
 
 
 def superclass(marked: type) -> type:
@@ -136,8 +149,13 @@ def superclass(marked: type) -> type:
     return base
 
 
+def _without(marked: type, *mixins: type) -> type:
+    base, found = marked._made_of  # type: ignore[attr-defined]
+    return base if found == mixins else subclass(_without(base, *mixins), *found)
+
+
 def _rebuild(base: type, mixins: tuple[type, ...]) -> Any:
-    marked = subclass(base, *mixins)
+    marked: Any = subclass(base, *mixins)
     return marked.__new__(marked)
 
 
@@ -153,14 +171,14 @@ def _open(module: nn.Module) -> nn.ModuleDict:
         )
     module.add_module(SLOT, slot := nn.ModuleDict())
     slot.register_load_state_dict_post_hook(_forgive_missing)
-    module.__class__ = subclass(type(module))
+    module.__class__ = subclass(cast(type, type(module)))
     module.register_forward_hook(_after, with_kwargs=True)
     return slot
 
 
 def _close(module: nn.Module) -> None:
     del module._modules[SLOT]
-    module.__class__ = superclass(type(module))
+    module.__class__ = _without(type(module))
     pre, post = module._forward_pre_hooks, module._forward_hooks
     for key in [key for key, hook in pre.items() if hook is _before]:
         del pre[key], module._forward_pre_hooks_with_kwargs[key]
@@ -186,4 +204,4 @@ def _forgive_missing(slot: nn.Module, incompatible: Any) -> None:
     # A checkpoint of the bare base must load strictly; that an adapter's own keys are all there or
     # all absent is checked where the whole state dict is in sight (`adapter.py`).
     missing = incompatible.missing_keys
-    missing[:] = [key for key in missing if f"{SLOT}." not in key]
+    missing[:] = [k for k in missing if f"{SLOT}." not in k or isinstance(k, Unforgivable)]

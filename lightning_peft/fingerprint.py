@@ -53,10 +53,11 @@ def check_fingerprint(stored: dict[str, Any], present: dict[str, Any], what: str
 
 
 def _frozen(model: nn.Module, exclude: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        plain = plain_name(name)
-        if isinstance(tensor, Tensor) and SLOT not in plain.split(".") and plain not in exclude:
-            yield plain, tensor
+    tensors = {plain_name(n): t for n, t in model.state_dict(keep_vars=True).items()}
+    trained = {id(tensors[name]) for name in exclude if name in tensors}  # a tied one has two names
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and SLOT not in name.split(".") and id(tensor) not in trained:
+            yield name, tensor
 
 
 def _sample(tensor: Tensor) -> bytes:

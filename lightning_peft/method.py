@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from lightning_peft.adapter import Adapter
@@ -36,6 +37,7 @@ class Method(ABC):
         return {}
 
 
+@torch.inference_mode(False)  # what is made here is trained, whatever context it is made in
 def inject(
     model: nn.Module,
     methods: Method | Sequence[Method],

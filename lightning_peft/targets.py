@@ -86,7 +86,7 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a glob or `re:` pattern fits a dotted name."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        return _expression(pattern).fullmatch(name) is not None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
@@ -110,27 +110,33 @@ def trained_in_place(model: nn.Module, patterns: Patterns) -> list[str]:
     Raises:
         TargetError: a pattern names no parameter.
     """
-    names = [n for n, _ in model.named_parameters() if f".{SLOT}." not in f".{n}"]
+    first = {id(p): n for n, p in model.named_parameters() if f".{SLOT}." not in f".{n}"}
+    every = model.named_parameters(remove_duplicate=False)
+    names = {name: first[id(p)] for name, p in every if id(p) in first}
     modules = dict(anatomy.base_modules(model))
     chosen: set[str] = set()
     for pattern in as_patterns(patterns):
         roots = tuple(f"{name}." for name in modules if name and matches(pattern, name))
-        hits = [n for n in names if matches(pattern, n) or n.startswith(roots)]
+        hits = [names[n] for n in names if matches(pattern, n) or n.startswith(roots)]
         if not hits:
             raise TargetError(_nothing(f"train={pattern!r}", pattern, [*modules, *names]))
         chosen.update(hits)
-    return [name for name in names if name in chosen]
+    return [name for name in first.values() if name in chosen]
 
 
 def _must_match(pattern: str, names: Iterable[str]) -> list[str]:
     names = list(names)
-    try:
-        hits = [name for name in names if name and matches(pattern, name)]
-    except re.error as error:
-        raise TargetError(f"`{pattern}` is no regular expression: {error}.") from error
+    hits = [name for name in names if name and matches(pattern, name)]
     if not hits:
         raise TargetError(_nothing(f"`{pattern}`", pattern, names))
     return hits
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise TargetError(f"`{pattern}` is no regular expression: {error}.") from error
 
 
 def _nothing(setting: str, pattern: str, names: Iterable[str]) -> str:

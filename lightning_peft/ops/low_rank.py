@@ -18,6 +18,8 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
         b: `(out, r)`.
         scale: factor of the product.
     """
-    hidden = F.linear(x, a.to(x.dtype)).to(output.dtype).flatten(0, -2)
+    hidden, b = F.linear(x, a.to(x.dtype)).to(output.dtype), b.to(output.dtype)
+    if output.is_nested:  # what `nn.TransformerEncoder` makes of a padded batch in eval mode
+        return output + F.linear(hidden, b * scale)
     flat = output.reshape(-1, output.shape[-1])
-    return torch.addmm(flat, hidden, b.to(output.dtype).T, alpha=scale).view(output.shape)
+    return torch.addmm(flat, hidden.reshape(-1, len(a)), b.T, alpha=scale).view(output.shape)
