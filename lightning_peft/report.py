@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_peft.errors import DataError, require
 
-_EXAMPLE_CHARACTERS = 90
+_EXAMPLE_CHARACTERS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +196,14 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     for i, name in enumerate(header):
         table.add_column(escape(name), justify="right" if _numeric(rows, i) else "left")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_cell, header, row))
     return table
+
+
+def _cell(column: str, content: str) -> Text:
+    # An example takes one line, cut where the terminal ends; a name or a number is never cut.
+    example = column == "text"
+    return Text(content, no_wrap=example, overflow="ellipsis" if example else "fold")
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -83,6 +83,18 @@ def test_markup_in_a_review_is_shown_and_not_obeyed(report: Report) -> None:
     assert "so | good [bold]really[/]" in _printed(report)
 
 
+def test_in_a_narrow_terminal_an_example_takes_one_line_and_names_stay_whole(
+    report: Report,
+) -> None:
+    lines = _printed(report, width=60).splitlines()
+    assert max(map(len, lines)) <= 60
+    (wrong,) = [line for line in lines if "✗" in line]
+    assert wrong.split("│")[5].strip().endswith("…")
+    assert not any("bad" in line for line in lines if line != wrong)
+    names = [line.split("│")[1].strip() for line in lines if line.count("│") == 8]
+    assert "".join(names).replace(" ", "").startswith("frozenbase+head")
+
+
 def test_without_a_terminal_no_control_codes_are_printed(report: Report) -> None:
     assert "\x1b" not in _printed(report)
 
