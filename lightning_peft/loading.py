@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.data import AttributeDict
 
 from lightning_peft import checkpoint as content
 from lightning_peft.delta import SLOT, plain_name
@@ -55,5 +54,5 @@ def _saved_arguments(
     open_ended = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     whole = str(loaded.get(cls.CHECKPOINT_HYPER_PARAMS_NAME))
     if whole in parameters and parameters[whole] not in open_ended:
-        return {whole: AttributeDict(saved) if isinstance(saved, dict) else saved}
+        return {whole: saved}
     return {str(name): saved[name] for name in saved if open_ended or name in parameters}

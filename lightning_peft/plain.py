@@ -1,8 +1,11 @@
 """Hyper-parameters in containers that a safe load accepts, and back."""
 
+from argparse import Namespace
 from collections.abc import Mapping, MutableMapping
 from pathlib import PurePath
 from typing import Any
+
+from lightning.fabric.utilities.data import AttributeDict
 
 _SAVED, _TYPE = "hyper_parameters", "hparams_type"
 
@@ -20,17 +23,25 @@ def make_plain(checkpoint: MutableMapping[str, Any]) -> bool:
 
 
 def saved_settings(checkpoint: Mapping[str, Any], omegaconf: bool) -> Any:
-    """Return the module's hyper-parameters as they were given to it."""
-    saved = dict(checkpoint.get(_SAVED, {}))
+    """Return the module's hyper-parameters; their parts can be read by key and by attribute."""
+    saved = checkpoint.get(_SAVED, {})
     if not omegaconf:
-        return saved
+        return _attributes(saved)
     from omegaconf import OmegaConf
 
     return OmegaConf.create(saved)
 
 
+def _attributes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return AttributeDict({key: _attributes(item) for key, item in value.items()})
+    return [_attributes(item) for item in value] if isinstance(value, list) else value
+
+
 def plain(value: Any) -> Any:
     """Return `value` with its containers, paths and numbers made those of plain Python."""
+    if isinstance(value, Namespace):
+        return plain(vars(value))
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, PurePath):
