@@ -1,7 +1,7 @@
 """Split a model with injected adapters over processes (FSDP2)."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,12 +28,11 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     if is_sharded(module):
         return
-    blocks = {id(block): block for _, block in anatomy.layers(module)}.values()
-    for block in blocks:
-        _require_one_dtype(block)
-        fully_shard(block, mesh=mesh)
-    _require_one_dtype(module)
-    fully_shard(module, mesh=mesh)
+    layers = {id(layer): layer for _, layer in anatomy.layers(module)}
+    units = [*layers.values(), module]
+    _require_one_dtype(units)
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
 
 
 def shard_children(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -75,15 +74,15 @@ def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _require_one_dtype(module: nn.Module) -> None:
-    trained = {
-        parameter.dtype: name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and not isinstance(parameter, DTensor)
-    }
-    for (one, name), (other, another) in itertools.pairwise(trained.items()):
-        raise AdapterError(
-            f"What is trained in one layer must have one dtype to be sharded, but `{name}` is "
-            f"{one} and `{another}` is {other}: load the base with `model.dtype=float32`, or "
-            "train no base parameters in place."
-        )
+def _require_one_dtype(units: Sequence[nn.Module]) -> None:
+    seen: set[int] = set()
+    for unit in units:
+        named = [(n, p) for n, p in unit.named_parameters() if id(p) not in seen]
+        trained = {p.dtype: name for name, p in named if p.requires_grad}
+        for (one, name), (other, another) in itertools.pairwise(trained.items()):
+            raise AdapterError(
+                f"What is trained in one layer must have one dtype to be sharded, but `{name}` is "
+                f"{one} and `{another}` is {other}: load the base with `model.dtype=float32`, or "
+                "train no base parameters in place."
+            )
+        seen.update(id(parameter) for _, parameter in named)

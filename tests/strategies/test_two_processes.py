@@ -64,6 +64,20 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(trained: Any
     assert results["resume exact"]
 
 
+def test_the_final_adapter_is_whole(trained: Any) -> None:
+    assert trained[2]["exported"]
+
+
+def test_settings_that_differ_between_processes_are_refused_on_all(trained: Any) -> None:
+    assert "the configuration must be the same on all processes" in trained[2]["refused"]
+    assert "differs on rank 1 from rank 0" in trained[2]["refused"]
+
+
+def test_a_run_goes_on_under_another_strategy(outcome: Path) -> None:
+    # Three steps an epoch: after the fifth under FSDP2 and after the sixth under DDP.
+    assert json.loads((outcome / "changed" / "steps.json").read_text()) == [15, 18]
+
+
 def test_the_checkpoint_holds_only_what_was_trained(trained: Any) -> None:
     _, folder, results = trained
     path = last_checkpoint(folder / "run")

@@ -5,6 +5,7 @@ process. Rank 0 writes ``results.json`` and ``trained.pt`` into a folder for eac
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_peft import PEFT, LoRA, last_checkpoint
+from lightning_peft.errors import ConfigError
+from lightning_peft.strategies.checks import assert_same_on_all_ranks
 from lightning_peft.strategies.model_parallel import PEFTModelParallelStrategy
 
 VOCABULARY, TOKENS, ROWS = 40, 6, 24
@@ -116,10 +120,30 @@ def gathered(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return ranks
 
 
+def exported(folder: Path, trained: dict[str, Tensor]) -> bool:
+    """Return whether the final adapter holds what was trained."""
+    adapter = load_file(folder / "adapter_model.safetensors")
+    return {
+        f"model.{n}" if f"model.{n}" in trained else n for n in adapter
+    } == trained.keys() and all(
+        torch.equal(tensor, trained.get(f"model.{n}", trained.get(n)))
+        for n, tensor in adapter.items()
+    )
+
+
+def difference_between_ranks(rank: int) -> str:
+    assert_same_on_all_ranks("the same", "the configuration")
+    try:
+        assert_same_on_all_ranks(f"lr={rank}", "the configuration")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path, kind: str, dtype: torch.dtype) -> None:
     continuous, trainer = fit(kind, 2, dtype, epochs=4, folder=None)
     fit(kind, 2, dtype, epochs=2, folder=folder / "run")
-    trainer.strategy.barrier()
+    trainer.strategy.barrier()  # the newest checkpoint is looked for before the run begins
     resumed, trainer = fit(kind, 2, dtype, epochs=4, folder=folder / "run")
 
     first = Classifier(dtype).state_dict()
@@ -133,6 +157,8 @@ def main(folder: Path, kind: str, dtype: torch.dtype) -> None:
         "trained equal": [same(ranks[0], other) for other in ranks],
         "trained unchanged": [n for n, t in trained.items() if torch.equal(t, first.get(n, t * 0))],
         "resume exact": same(state(resumed, trained=True), trained),
+        "exported": exported(folder / "run" / "adapter", state(resumed, trained=True)),
+        "refused": difference_between_ranks(trainer.global_rank),
         "sharded": [any(sharded), all(sharded)],
         "trained bytes": sum(t.numel() * t.element_size() for t in trained.values()),
     }
@@ -141,7 +167,21 @@ def main(folder: Path, kind: str, dtype: torch.dtype) -> None:
         (folder / "results.json").write_text(json.dumps(results))
 
 
+def change_strategy(folder: Path) -> None:
+    """Go on with FSDP2 where DDP left off, and with DDP after that."""
+    if distributed.get_rank() == 0:
+        shutil.copytree(folder / "ddp" / "run", folder / "changed")
+    distributed.barrier()
+    steps = []
+    for kind, epochs in (("file", 5), ("ddp", 6)):
+        _, trainer = fit(kind, 2, torch.float32, epochs, folder / "changed")
+        steps += [int(entry["step"]) for entry in trainer.optimizers[0].state.values()]
+    (folder / "changed" / "steps.json").write_text(json.dumps(sorted(set(steps))))
+
+
 if __name__ == "__main__":
+    root = Path(sys.argv[1])
     for run in sys.argv[2:]:
         kind, dtype = run.split(":")
-        main(Path(sys.argv[1]) / kind, kind, getattr(torch, dtype))
+        main(root / kind, kind, getattr(torch, dtype))
+    change_strategy(root)
