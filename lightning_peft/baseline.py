@@ -20,7 +20,7 @@ from lightning_peft.tasks.task import Task
 
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates of the head
 _EPOCHS = 20
-_PENALTIES = tuple(10.0**k for k in range(-5, 2))  # weights of half the squared norm
+_PENALTIES = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # weights of half the squared norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

