@@ -131,7 +131,8 @@ class LowRank(Delta):
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise NotMergeable(f"The weight of {type(module).__name__} is quantised.")
         change = self.change().detach()
-        weight.data = weight.data + (change.T if is_conv1d(module) else change).to(weight.dtype)
+        change = change.T if is_conv1d(module) else change
+        weight.data = (weight.data + change).to(weight.dtype)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -149,6 +150,7 @@ class EmbeddingLowRank(LowRank):
         super().__init__(host, r, scale)  # ids cannot be dropped
         # Some tables (BART, Gemma) multiply their rows.
         self.output_scale = float(getattr(host, "embed_scale", None) or 1.0)
+        self.padding_idx = host.padding_idx
 
     def shapes(self, host: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B for a host."""
@@ -161,14 +163,14 @@ class EmbeddingLowRank(LowRank):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return `output + scale · B A[ids]`."""
-        rows = F.embedding(self._input(args, kwargs), self.lora_A.T)
+        rows = F.embedding(self._input(args, kwargs), self.lora_A.T, self.padding_idx)
         change = F.linear(rows, self.lora_B) * (self.scale * self.output_scale)
         return output + change.to(output.dtype)
 
     def merge(self, module: nn.Module) -> None:
         """Add the change to the table, `(vocabulary, d_model)`."""
         weight = cast(Tensor, module.weight)
-        weight.data = weight.data + self.change().detach().T.to(weight.dtype)
+        weight.data = (weight.data + self.change().detach().T).to(weight.dtype)
 
 
 class ConvolutionLowRank(LowRank):

@@ -1,0 +1,166 @@
+"""LoRA computes what peft's LoRA computes: outputs and gradients for the same weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft import LoRA, inject
+from lightning_peft.delta import SLOT
+
+peft = pytest.importorskip("peft", reason="peft is not installed: run `pip install '.[dev]'`")
+
+Build = Callable[[str], Any]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    # what peft 0.21 asks of transformers 5.23
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "linear": ("bert", {"targets": ["query", "value"]}, {"target_modules": ["query", "value"]}),
+    "linear-of-a-decoder": (
+        "llama",
+        {"targets": "all-linear", "r": 4, "alpha": 3},
+        {"target_modules": "all-linear", "r": 4, "lora_alpha": 3},
+    ),
+    "conv1d": (
+        "gpt2",
+        {"targets": ["c_attn", "c_proj", "c_fc"]},
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "rslora": (
+        "llama",
+        {"targets": "q_proj", "rslora": True, "r": 16},
+        {"target_modules": ["q_proj"], "use_rslora": True, "r": 16},
+    ),
+    "ranks-and-alphas": (
+        "bert",
+        {
+            "targets": r"re:.*encoder.*(query|dense)",
+            "rank_pattern": {"query": 2, r"re:.*layer\.1\.output\.dense": 3},
+            "alpha_pattern": {"attention.output.dense": 5},
+        },
+        {
+            "target_modules": r".*encoder.*(query|dense)",
+            "rank_pattern": {"query": 2, r"layer\.1\.output\.dense": 3},
+            "alpha_pattern": {"attention.output.dense": 5},
+        },
+    ),
+    "layers": (
+        "bert",
+        {"targets": "query", "layers": [-1]},
+        {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    ),
+    "embedding": (
+        "llama",
+        {"targets": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "embedding-with-padding": (
+        "bert",
+        {"targets": ["word_embeddings", "position_embeddings"]},
+        {"target_modules": ["word_embeddings", "position_embeddings"]},
+    ),
+    "scaled-embedding": (
+        "bart",
+        {"targets": ["encoder.embed_tokens", "decoder.embed_tokens"]},
+        {"target_modules": ["encoder.embed_tokens", "decoder.embed_tokens"]},
+    ),
+    "conv2d": (
+        "cnn",
+        {"targets": ["conv_stem", "conv_pw", "conv_pwl"], "r": 4},
+        {"target_modules": ["conv_stem", "conv_pw", "conv_pwl"], "r": 4},
+    ),
+    "conv2d-in-groups": (
+        "cnn",
+        {"targets": "conv_dw", "r": 16},
+        {"target_modules": ["conv_dw"], "r": 16},
+    ),
+    "conv2d-and-linear": (
+        "vit",
+        {"targets": ["patch_embeddings.projection", "q_proj"]},
+        {"target_modules": ["patch_embeddings.projection", "q_proj"]},
+    ),
+    "biases-of-the-targets": (
+        "bert",
+        {"targets": ["query", "value"], "bias": "lora"},
+        {"target_modules": ["query", "value"], "bias": "lora_only"},
+    ),
+    "all-biases": (
+        "bert",
+        {"targets": "query", "bias": "all"},
+        {"target_modules": ["query"], "bias": "all"},
+    ),
+}
+
+
+def reference_of(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    config = peft.LoraConfig(**({"lora_alpha": 16} | settings))
+    return peft.get_peft_model(copy.deepcopy(model), config).eval()
+
+
+def their_name(name: str) -> str:
+    """Return peft's name of one of our parameters."""
+    host, _, end = name.partition(f".{SLOT}.default_lora.")
+    return f"base_model.model.{host}.{end}" if end else f"base_model.model.{name}"
+
+
+def their_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".default.weight", "").replace(".default", "")
+        named[plain.replace("lora_embedding_", "lora_").replace(".base_layer", "")] = parameter
+    return named
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_equal_pefts(case: str, build: Build) -> None:
+    name, ours, theirs = CASES[case]
+    example = build(name)
+    model = example.model.double()
+    example.inputs = {
+        key: value.double() if value.is_floating_point() else value
+        for key, value in example.inputs.items()
+    }
+    reference = reference_of(model, theirs)
+    adapter = inject(model, LoRA(**ours), head=False)
+    named = their_parameters(reference)
+    trainable = {their_name(n): p for n, p in adapter.named_parameters().items()}
+    assert set(trainable) == {n for n, p in named.items() if p.requires_grad}
+    with torch.no_grad():
+        for key, parameter in trainable.items():
+            parameter.normal_(std=0.1)
+            named[key].copy_(parameter)
+
+    output, expected = example.output(), example.output(reference)
+    torch.testing.assert_close(output, expected, rtol=1e-7, atol=1e-12)
+    for each in (output, expected):
+        each.square().mean().backward()
+    for key, parameter in trainable.items():
+        assert parameter.grad is not None, key
+        scale = named[key].grad.abs().max()
+        assert (parameter.grad - named[key].grad).abs().max() <= 1e-7 * scale, key
+        assert scale > 0, key
+    base, unchanged = example.logits(build(name).model.double()), output.detach()
+    assert not torch.allclose(base, unchanged, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["linear", "conv1d", "embedding-with-padding", "conv2d"])
+def test_merged_weights_equal_pefts(case: str, build: Build) -> None:
+    name, ours, theirs = CASES[case]
+    model = build(name).model.double()
+    reference = reference_of(model, theirs)
+    adapter = inject(model, LoRA(**ours), head=False)
+    named = their_parameters(reference)
+    with torch.no_grad():
+        for key, parameter in adapter.named_parameters().items():
+            parameter.normal_(std=0.1)
+            named[their_name(key)].copy_(parameter)
+    state, expected = adapter.merge().state_dict(), reference.merge_and_unload().state_dict()
+    for key, tensor in state.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-7, atol=1e-12)
