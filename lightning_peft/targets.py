@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft import anatomy
 from lightning_peft.delta import SLOT
-from lightning_peft.errors import TargetError, near_misses
+from lightning_peft.errors import ConfigError, TargetError, near_misses
 
 ALL_LINEAR = "all-linear"
 
@@ -74,8 +74,19 @@ class Targets:
 
 
 def as_targets(targets: "Targets | Patterns | None", layers: Sequence[int] | None) -> Targets:
-    """Return a method's two settings, `targets` and `layers`, as one choice."""
-    return targets if isinstance(targets, Targets) else Targets(targets, layers=layers)
+    """Return a method's two settings, `targets` and `layers`, as one choice.
+
+    Raises:
+        ConfigError: both name layers.
+    """
+    if not isinstance(targets, Targets):
+        return Targets(targets, layers=layers)
+    if layers is not None:
+        raise ConfigError(
+            f"`layers` must be part of `targets`, which is a Targets, but is {layers} instead: "
+            "write `Targets(..., layers=...)`."
+        )
+    return targets
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:
