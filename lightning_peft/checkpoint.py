@@ -93,7 +93,7 @@ def open_checkpoint(checkpoint: dict[str, Any], module: "PEFTHooks") -> dict[str
     for key in {"state_dict", _CURRENT} & checkpoint.keys():
         _check_tensors(checkpoint[key], module)
     if is_fitting(module):
-        check_optimizers(record, module)
+        check_optimizers(record, module, {})
     if _AVERAGED in checkpoint:  # its callback loads strictly, into a copy of the module
         checkpoint["state_dict"] = completed(checkpoint["state_dict"], module)
     return record
@@ -130,14 +130,30 @@ def completed(state: Mapping[str, Any], module: Any) -> dict[str, Any]:
     return full | {names.get(name, name): value for name, value in state.items()}
 
 
-def check_optimizers(record: Mapping[str, Any], module: "PEFTHooks") -> None:
+def snapshot(module: "PEFTHooks") -> dict[str, Tensor]:
+    """Return copies of what is trained and of all buffers, by plain name."""
+    own = {name: tensor.detach().clone() for name, tensor in own_tensors(module).items()}
+    return persistent_buffers(cast(nn.Module, module)) | own
+
+
+def check_optimizers(
+    record: Mapping[str, Any], module: "PEFTHooks", before: Mapping[str, Tensor]
+) -> None:
     """Refuse optimizers that hold other parameters than those whose state is restored.
+
+    Args:
+        record: of the checkpoint.
+        module: which was already loaded from it.
+        before: the tensors to put back into it.
 
     Raises:
         CheckpointError: a group holds other parameters.
     """
     stored, present = record["optimizers"], _optimizer_names(module)
     if stored and present and stored != present:
+        with torch.no_grad():
+            for name, tensor in (_buffers(cast(nn.Module, module)) | own_tensors(module)).items():
+                tensor.copy_(before.get(name, tensor))
         raise CheckpointError(
             "The optimizers must hold the same parameters in the same groups as when the "
             f"checkpoint was saved ({_sizes(stored)} a group), but hold {_sizes(present)} instead: "

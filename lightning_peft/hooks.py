@@ -5,6 +5,7 @@ module by a change of class (`adopt`), so that it sees every hook on its way to 
 place that works wherever the model is built and whatever the module's optimizer code passes.
 """
 
+import types
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -39,7 +40,8 @@ class PEFTHooks:
 
     _peft_fitted: Adapter | None = None  # set from the true start of a fit on, not by a tuner
     _peft_loss: Tensor | None = None
-    _peft_record: Mapping[str, Any] | None = None
+    _peft_record: Mapping[str, Any] | None = None  # of a checkpoint that a fit resumes from
+    _peft_before: Mapping[str, Tensor] = types.MappingProxyType({})  # what it overwrote
 
     @property
     def peft_adapter(self) -> Adapter:
@@ -67,6 +69,7 @@ class PEFTHooks:
         """Have checkpoints written atomically and read without unsafe pickles."""
         super().setup(stage=stage)  # type: ignore[misc]
         self._peft_fitted = self._peft_loss = self._peft_record = None
+        self._peft_before = {}
         content.use_safe_io(cast(Any, self).trainer.strategy)
 
     def configure_optimizers(self) -> Any:
@@ -79,8 +82,9 @@ class PEFTHooks:
         """Check restored optimizers, restore random states, let layers recompute."""
         super().on_fit_start()  # type: ignore[misc]
         if self._peft_record is not None:
-            content.check_optimizers(self._peft_record, self)
+            content.check_optimizers(self._peft_record, self, self._peft_before)
             random_state.restore(self._peft_record["random"])
+        self._peft_record, self._peft_before = None, {}
         self._peft_fitted = self.peft_adapter
         modes.prepare(cast(nn.Module, self), self.peft_injection.within)
         averaging.check(cast(Any, self))
@@ -128,7 +132,7 @@ class PEFTHooks:
         record = content.open_checkpoint(checkpoint, self)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if record is not None and content.is_fitting(self):
-            self._peft_record = record
+            self._peft_record, self._peft_before = record, content.snapshot(self)
             random_state.restore(record["random"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
