@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,13 +45,20 @@ def field_docs(cls: Callable[..., Any]) -> dict[str, str]:
     of the docstring of any other class or function.
     """
     docs = _args_section(inspect.getdoc(cls) or "")
-    for base in reversed(inspect.getmro(cls)) if inspect.isclass(cls) else ():
-        if base.__module__ != "builtins":
+    if inspect.isclass(cls):
+        docs |= _args_section(inspect.getdoc(cls.__init__) or "")
+        for base in reversed(inspect.getmro(cls)):
             docs |= _texts_below_fields(base)
-    return docs
+    return {name: _first_sentence(text) for name, text in docs.items()}
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.:])\s+(?=[A-Z]|\.\.|>>>)|\s+Example:|\s+Default:", text)[0].rstrip(":")
 
 
 def _texts_below_fields(cls: type) -> dict[str, str]:
+    if cls.__module__ == "builtins":
+        return {}
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):
@@ -122,11 +130,13 @@ def _targets(where: str, settings: Any) -> list[tuple[str, dict[str, Any]]]:
 def _explain(where: str, settings: dict[str, Any], console: Console) -> None:
     cls = find_target(settings[TARGET], f"{where}.{TARGET}")
     docs = field_docs(cls)
-    title = f"{where}: {(inspect.getdoc(cls) or cls.__name__).splitlines()[0]}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("setting", "value", "meaning"):
-        table.add_column(column, overflow="fold")
+    summary = (inspect.getdoc(cls) or cls.__name__).partition("\n\n")[0]
+    title = f"{where}: {_first_sentence(' '.join(summary.split()))}"
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("meaning")
     for name, value in settings.items():
-        if name != TARGET and not isinstance(value, dict):
+        if name != TARGET and not _targets("", value):
             table.add_row(f"{where}.{name}", Text(json.dumps(value)), Text(docs.get(name, "")))
     console.print(table)

@@ -16,6 +16,8 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # A frozen base is in eval mode on purpose: its dropout would be noise.
     r"Found \d+ module\(s\) in eval mode",
+    # A resumed run writes where it wrote before.
+    r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # On two cores, more workers are slower; who has more sets data.num_workers.
     r"The '\w+' does not have many workers",

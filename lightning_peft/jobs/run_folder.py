@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs.saved import CONFIG
@@ -80,8 +81,15 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     """Return the configuration in plain containers, without interpolations.
 
     Local files and folders become absolute paths, so that a run can be taken up from anywhere.
+
+    Raises:
+        ConfigError: An interpolation `${...}` leads nowhere.
     """
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    try:
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"`{error.full_key}` cannot be resolved: {reason}.") from error
     for group, key in (("model", "name"), ("data", "path")):
         if key in settings[group]:
             settings[group][key] = _absolute(settings[group][key])

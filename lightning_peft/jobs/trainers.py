@@ -20,7 +20,8 @@ from lightning_peft.strategies.checks import assert_same_on_all_ranks, check_str
 if TYPE_CHECKING:
     from lightning_peft.tasks.task import Task
 
-_STRATEGIES = {"FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
+_STRATEGIES = {"PEFTFSDPStrategy": "fsdp", "PEFTDeepSpeedStrategy": "deepspeed"}
+_STRATEGIES |= {"FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
 
 
 class SameSettings(Callback):
@@ -85,7 +86,7 @@ def for_judging(settings: Mapping[str, Any], callbacks: list[Callback]) -> Train
 def _check(spec: Mapping[str, Any]) -> None:
     strategy = spec.get("strategy")
     kind = str(strategy.get(TARGET)) if isinstance(strategy, Mapping) else str(strategy)
-    name = _STRATEGIES.get(kind.rpartition(".")[2], kind)
+    name = _STRATEGIES.get(kind.rpartition(".")[2].removeprefix("PEFT"), kind)
     clips = spec.get("gradient_clip_val") is not None
     clip = (spec.get("gradient_clip_algorithm") or "norm") if clips else None
     check_strategy(name, str(spec.get("accelerator", "auto")), clip)
@@ -111,17 +112,24 @@ def _loggers(specs: Mapping[str, Any], run: RunFolder) -> list[Any]:
 
 
 def _callbacks(specs: Mapping[str, Any], run: RunFolder, task: "Task") -> list[Any]:
-    chosen = {name: spec for name, spec in specs.items() if spec is not None}
-    return [
-        _build(spec, f"callbacks.{name}", dirpath=run.checkpoints, **_judge(spec, task))
-        for name, spec in chosen.items()
-    ]
+    found = []
+    for name, spec in specs.items():
+        if spec is not None:
+            judge = _judge(spec, f"callbacks.{name}", task)
+            found.append(_build(spec, f"callbacks.{name}", dirpath=run.checkpoints, **judge))
+    return found
 
 
-def _judge(spec: Mapping[str, Any], task: "Task") -> dict[str, str]:
+def _judge(spec: Mapping[str, Any], where: str, task: "Task") -> dict[str, str]:
     """Return the task's metric for what wants one (`monitor: null`), and whether more is better."""
-    wants = "monitor" in spec and spec["monitor"] is None
-    return {"monitor": task.monitor, "mode": task.mode} if wants else {}
+    if "monitor" not in spec or spec["monitor"] is None:
+        return {"monitor": task.monitor, "mode": task.mode}
+    if spec.get("mode") is None:
+        raise ConfigError(
+            f"`{where}.mode` must say whether less or more of {spec['monitor']!r} is better: "
+            f"give `{where}.mode=min` or `{where}.mode=max`."
+        )
+    return {}
 
 
 def _build(spec: Mapping[str, Any], where: str, **defaults: str | Path) -> Any:
