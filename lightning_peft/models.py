@@ -86,8 +86,7 @@ class ModelSource:
             return str(folder)
         if Path(self.name).expanduser().is_dir():
             return str(Path(self.name).expanduser())
-        self._require_hub()
-        return self.name
+        return self._hub_path()
 
     def load(self, auto_class: str, **config: Any) -> "PreTrainedModel":
         """Build the model and load its pretrained weights; what is not pretrained starts fresh.
@@ -153,16 +152,17 @@ class ModelSource:
             check_sha256(folder / _WEIGHTS, self.sha256, self.requirement or str(self.package))
         return folder
 
-    def _require_hub(self) -> None:
-        from huggingface_hub import errors, try_to_load_from_cache
+    def _hub_path(self) -> str:
+        """Return the hub id, or the folder of its local copy where the hub cannot be reached."""
+        from huggingface_hub import try_to_load_from_cache
 
-        try:
-            cached = isinstance(try_to_load_from_cache(self.name, "config.json"), str)
-        except errors.HFValidationError:
-            cached = False
-        answer = HubAnswer.FOUND if cached else ask_hub(self.name, self.revision)
+        answer = ask_hub(self.name, self.revision)
         if answer is HubAnswer.FOUND:
-            return
+            return self.name
+        if answer is HubAnswer.UNREACHABLE:
+            copy = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+            if isinstance(copy, str):
+                return str(Path(copy).parent)
         remedy = "check the name and the network, or give the folder of a copy as `name`"
         if self.package is not None:
             wanted = self.requirement or self.package

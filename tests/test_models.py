@@ -98,6 +98,23 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     assert len(calls) == 1
 
 
+def test_an_earlier_download_serves_where_the_hub_is_unreachable(folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    copy = tmp_path / "models--some--model" / "snapshots" / "abc"
+    shutil.copytree(folder, copy)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "ask_hub", lambda name, revision: HubAnswer.UNREACHABLE)
+    assert ModelSource(name="some/model").path() == str(copy)
+    assert ModelSource(name="some/model").load(CLASSIFIER).config.num_hidden_layers == 2
+    with pytest.raises(ConfigError, match="is not on this machine"):
+        ModelSource(name="some/model", revision="v2").path()
+    monkeypatch.setattr(models, "ask_hub", lambda name, revision: HubAnswer.FOUND)
+    assert ModelSource(name="some/model").path() == "some/model"
+
+
 def test_a_folder_loads_with_its_pretrained_weights(folder):
     model = ModelSource(name=str(folder)).load(CLASSIFIER, num_labels=4)
     loaded = model.bert.state_dict()
