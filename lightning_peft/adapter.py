@@ -58,11 +58,14 @@ class Adapter:
     ) -> None:
         self.model, self.name, self.methods = model, name, tuple(methods)
         self._check(in_place)
-        base = list(model.named_parameters())
-        self._required = {plain_name(n): p.requires_grad for n, p in base}
-        _attach_all(model, deltas)
-        for _, parameter in base:
-            parameter.requires_grad_(False)
+        self._required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
+        model.requires_grad_(False)
+        try:
+            for host, key, delta in deltas:
+                attach(model.get_submodule(host), key, delta)
+        except AdapterError:
+            self._unwind(deltas)
+            raise
         self._hosts = [(plain_name(host), key) for host, key, _ in deltas]
         self.in_place = sorted({plain_name(name) for name in in_place})
         self._originals = self._set_aside() if in_place else {}
@@ -239,6 +242,14 @@ class Adapter:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required.get(plain_name(name), False))
 
+    def _unwind(self, deltas: Sequence[tuple[str, str, Delta]]) -> None:
+        for host, key, _ in deltas:
+            module = self.model.get_submodule(host)
+            if key in module._modules.get(SLOT, ()):  # type: ignore[operator]
+                detach(module, key)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required[plain_name(name)])
+
     def _require_present(self) -> None:
         if self.model.__dict__.get("_adapters", {}).get(self.name) is not self:
             raise AdapterError(
@@ -358,17 +369,6 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {plain_name(name): module for name, module in named}
 
 
-def _attach_all(model: nn.Module, deltas: Sequence[tuple[str, str, Delta]]) -> None:
-    hosts = [(model.get_submodule(host), key) for host, key, _ in deltas]
-    for i, (host, key) in enumerate(hosts):
-        try:
-            attach(host, key, deltas[i][2])
-        except AdapterError:
-            for attached, name in reversed(hosts[:i]):
-                detach(attached, name)
-            raise
-
-
 def _registry(model: nn.Module) -> dict[str, Adapter]:
     registry: dict[str, Adapter] = model.__dict__.setdefault("_adapters", {})
     return registry
@@ -388,8 +388,12 @@ def _refuse_partial(
 def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[tuple[nn.Module, bool]]:
     trained = {name.rpartition(".")[0] for name in in_place}
     norms = [m for n, m in _modules(model).items() if isinstance(m, _NORM) and n not in trained]
-    norms = [norm for norm in norms if not isinstance(norm, HeldInEval)]
-    return [hold_in_eval(norm) for norm in norms if norm.track_running_stats]
+    return [hold_in_eval(norm) for norm in norms if _has_statistics(norm)]
+
+
+def _has_statistics(norm: Any) -> bool:
+    # Another adapter may hold the norm already, and a shared one is met twice.
+    return norm.track_running_stats and not isinstance(norm, HeldInEval)
 
 
 def _tell_transformers(model: nn.Module) -> None:

@@ -130,8 +130,7 @@ def release(module: nn.Module, training: bool) -> None:
 
 class _Quiet:
     # A class may count its subclasses, or ask them for settings; it must not meet ours.
-    def __init_subclass__(cls) -> None:
-        pass
+    __init_subclass__ = object.__init_subclass__
 
 
 @functools.cache

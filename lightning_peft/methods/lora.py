@@ -62,7 +62,6 @@ class LoRA(Method):
     """Other alphas for modules by pattern; the first match wins."""
 
     def __post_init__(self) -> None:
-        as_targets(self.targets, self.layers)
         if wrong := [r for r in (self.r, *self.rank_pattern.values()) if r < 1]:
             raise ConfigError(f"`r` must be at least 1, but is {wrong[0]} instead.")
         if not 0 <= self.dropout < 1:

@@ -297,12 +297,16 @@ def test_a_pattern_that_matches_no_target_is_refused(
         ({"rank_pattern": {"query": -1}}, "`r` must be at least 1, but is -1 instead"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\), but is 1.0"),
         ({"bias": "some"}, "`bias` must be none, lora or all, but is 'some'"),
-        ({"targets": Targets("query"), "layers": [0]}, "`layers`"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRA(**settings)
+
+
+def test_layers_are_given_once(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"`layers` must be part of `targets`.*but is \[0\]"):
+        inject(build("bert").model, LoRA(targets=Targets("query"), layers=[0]))
 
 
 def test_settings_are_frozen() -> None:
