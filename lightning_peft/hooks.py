@@ -73,20 +73,21 @@ class PEFTHooks:
         content.use_safe_io(cast(Any, self).trainer.strategy)
 
     def configure_optimizers(self) -> Any:
-        """Take frozen parameters out of the module's optimizers and put missing ones in."""
+        """Leave in the module's optimizers what is trained, and let layers recompute."""
         configured = super().configure_optimizers()  # type: ignore[misc]
         keep_trainable(configured, content.trained(self))
+        # Here, since a learning-rate finder trains before `on_fit_start` comes to the module.
+        modes.prepare(cast(nn.Module, self), self.peft_injection.within)
         return configured
 
     def on_fit_start(self) -> None:
-        """Check restored optimizers, restore random states, let layers recompute."""
+        """Check restored optimizers and restore random states."""
         super().on_fit_start()  # type: ignore[misc]
         if self._peft_record is not None:
             content.check_optimizers(self._peft_record, self, self._peft_before)
             random_state.restore(self._peft_record["random"])
         self._peft_record, self._peft_before = None, {}
         self._peft_fitted = self.peft_adapter
-        modes.prepare(cast(nn.Module, self), self.peft_injection.within)
         averaging.check(cast(Any, self))
 
     def on_before_backward(self, loss: Tensor) -> None:
