@@ -41,6 +41,7 @@ def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None =
     """
     seed_everything(settings["seed"], workers=True, verbose=False)
     module, data = build(settings)
+    module.peft_export = False  # `finish` writes the best adapter, not the last
     trainer = trainers.for_training(settings, run, module.task)
     run.describe(settings)
     try:
