@@ -120,7 +120,8 @@ def head(model: nn.Module) -> list[Named]:
     """Return the task's head: fresh modules behind the pretrained core.
 
     What stands beside the core on the way from the root to it and is made of linear and
-    normalisation layers only. A projection onto the vocabulary is pretrained, hence no head.
+    normalisation layers only. A projection onto the vocabulary is pretrained, hence no head; so is
+    a normalisation alone behind a bare layer stack.
     """
     if not (core := _core(model)):
         named = [(n, m) for n, m in model.named_children() if n in _HEAD_NAMES and _is_dense(m)]
@@ -129,8 +130,9 @@ def head(model: nn.Module) -> list[Named]:
     for name, parent, child in _path(model, core):
         children = list(parent.named_children())
         start = [module for _, module in children].index(child) + 1
-        behind = children if _is_transformers(child) else children[start:]
-        found += [(f"{name}{key}", m) for key, m in behind if m is not child and _is_dense(m)]
+        fresh = _is_transformers(child)
+        behind = [(key, m) for key, m in children[0 if fresh else start :] if m is not child]
+        found += [(f"{name}{k}", m) for k, m in behind if _is_dense(m, norm_alone=fresh)]
     return [(name, m) for name, m in found if not speaks(m, vocabulary(model))]
 
 
@@ -244,10 +246,10 @@ def _is_transformers(module: nn.Module) -> bool:
     return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
 
 
-def _is_dense(module: nn.Module) -> bool:
+def _is_dense(module: nn.Module, norm_alone: bool = False) -> bool:
     """Whether all weights are those of linear and normalisation layers, linear ones among them."""
     owners = [m for _, m in base_modules(module) if list(m.parameters(recurse=False))]
-    return any(map(is_linear, owners)) and all(
+    return any(is_linear(m) or norm_alone for m in owners) and all(
         is_linear(m) or isinstance(m, _NORMS) for m in owners
     )
 

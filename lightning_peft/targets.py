@@ -176,7 +176,12 @@ def _misfit(pattern: str, hits: list[str], modules: dict[str, nn.Module], what: 
 
 def _layer_roots(model: nn.Module, indices: Sequence[int]) -> tuple[str, ...]:
     stack = [f"{name}." for name, _ in anatomy.layers(model)]
-    wrong = [i for i in indices if not -len(stack) <= i < len(stack)]
-    if wrong:
-        raise TargetError(f"`layers` must lie in [0, {len(stack)}), but {wrong[0]} does not.")
+    if not stack:
+        raise TargetError(
+            f"`layers` must be None, since {type(model).__name__} has no layer stack, but is "
+            f"{list(indices)} instead."
+        )
+    count = len(stack)
+    if wrong := [i for i in indices if not -count <= i < count]:
+        raise TargetError(f"`layers` must lie in [-{count}, {count}), but {wrong[0]} does not.")
     return tuple(stack[i] for i in indices)

@@ -1,0 +1,231 @@
+"""Layers, attention, feed-forward, embeddings and head, found by structure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_peft import LoRA, anatomy, inject
+
+Build = Callable[[str], Any]
+
+
+def names(found: list[Any]) -> list[str]:
+    return [name for name, _ in found]
+
+
+LAYERS = {
+    "bert": "bert.encoder.layer.{}",
+    "bert_base": "encoder.layer.{}",
+    "roberta": "roberta.encoder.layer.{}",
+    "distilbert": "distilbert.transformer.layer.{}",
+    "llama": "model.layers.{}",
+    "gpt2": "transformer.h.{}",
+    "vit": "vit.layers.{}",
+    "tagger": "encoder.layers.{}",
+    "cnn": "blocks.{}",
+    "encoder_with_head": "encoder.encoder.layer.{}",
+}
+TWO_STACKS = {
+    "t5": ("encoder.block.{}", "decoder.block.{}"),
+    "bart": ("model.encoder.layers.{}", "model.decoder.layers.{}"),
+    "translator": ("transformer.encoder.layers.{}", "transformer.decoder.layers.{}"),
+    "swin": ("swin.encoder.layers.0.blocks.{}", "swin.encoder.layers.1.blocks.{}"),
+    "resnet": ("resnet.encoder.stages.0.layers.{}", "resnet.encoder.stages.1.layers.{}"),
+}
+HEADS: dict[str, list[str]] = {
+    "bert": ["classifier"],
+    "bert_base": [],
+    "roberta": ["classifier"],
+    "distilbert": ["pre_classifier", "classifier"],
+    "llama": [],
+    "llama_classifier": ["score"],
+    "gpt2": [],
+    "gpt2_classifier": ["score"],
+    "t5": [],
+    "bart": [],
+    "vit": ["classifier"],
+    "swin": ["classifier"],
+    "resnet": ["classifier"],
+    "mlp": ["head"],
+    "cnn": ["classifier"],
+    "translator": [],
+    "tagger": ["head"],
+    "encoder_with_head": ["dense", "norm", "output"],
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str, build: Build) -> None:
+    assert names(anatomy.layers(build(name).model)) == [LAYERS[name].format(i) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name", TWO_STACKS)
+def test_layers_of_two_stacks_in_order(name: str, build: Build) -> None:
+    expected = [stack.format(i) for stack in TWO_STACKS[name] for i in (0, 1)]
+    assert names(anatomy.layers(build(name).model)) == expected
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head(name: str, build: Build) -> None:
+    model = build(name).model
+    assert names(anatomy.head(model)) == HEADS[name]
+    parameters = anatomy.head_parameters(model)
+    assert all(model.get_parameter(parameter) is not None for parameter in parameters)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_adapter_does_not_change_what_is_found(name: str, build: Build) -> None:
+    model = build(name).model
+
+    def look() -> list[Any]:
+        return [
+            [n for n, _ in part(model)]
+            for part in (
+                anatomy.layers,
+                anatomy.head,
+                anatomy.attentions,
+                anatomy.feed_forwards,
+                anatomy.embeddings,
+                anatomy.projections,
+                anatomy.base_modules,
+            )
+        ]
+
+    before = look()
+    inject(model, LoRA(r=2))
+    assert look() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "attentions", "feed_forwards"),
+    [
+        ("bert", ["bert.encoder.layer.0.attention"], 2),
+        ("llama", ["model.layers.0.self_attn"], 3),
+        ("gpt2", ["transformer.h.0.attn"], 2),
+        ("vit", ["vit.layers.0.attention"], 2),
+        ("tagger", ["encoder.layers.0.self_attn"], 2),
+        ("mlp", [], 0),
+    ],
+)
+def test_attention_and_feed_forward(
+    name: str, attentions: list[str], feed_forwards: int, build: Build
+) -> None:
+    model = build(name).model
+    assert names(anatomy.attentions(model))[:1] == attentions
+    assert len(anatomy.feed_forwards(model)) == 2 * feed_forwards
+
+
+def test_embeddings_and_vocabulary(build: Build) -> None:
+    model = build("bert").model
+    assert [name.rpartition(".")[2] for name in names(anatomy.embeddings(model))] == [
+        "word_embeddings",
+        "position_embeddings",
+        "token_type_embeddings",
+    ]
+    assert anatomy.vocabulary(model) == 64
+    assert anatomy.vocabulary(build("vit").model) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("bert", 12), ("llama", 14), ("gpt2", 8), ("t5", 32), ("swin", 24), ("tagger", 4)],
+)
+def test_projections_are_the_layers_linear_ones(name: str, count: int, build: Build) -> None:
+    found = anatomy.projections(build(name).model)
+    assert len(found) == count
+    assert all(anatomy.is_linear(module) for _, module in found)
+
+
+def test_projections_of_networks_without_linear_layers(build: Build) -> None:
+    found = names(anatomy.projections(build("cnn").model))
+    assert {name.rpartition(".")[2] for name in found} == {"conv_pw", "conv_pwl"}
+    assert names(anatomy.projections(build("mlp").model)) == ["fc1", "fc2"]
+    resnet = anatomy.projections(build("resnet").model)
+    assert all(isinstance(module, nn.Conv2d) for _, module in resnet)
+
+
+@pytest.mark.parametrize(
+    ("cls", "head"),
+    [
+        ("BertForTokenClassification", ["classifier"]),
+        ("BertForQuestionAnswering", ["qa_outputs"]),
+        ("BertForMaskedLM", []),
+        ("BertForMultipleChoice", ["classifier"]),
+        ("BertForNextSentencePrediction", ["cls"]),
+    ],
+)
+def test_heads_of_other_tasks(cls: str, head: list[str]) -> None:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    assert names(anatomy.head(getattr(transformers, cls)(config))) == head
+
+
+def test_a_head_as_wide_as_the_vocabulary_says_so_by_name() -> None:
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            num_labels=2,
+        )
+    )
+    model.fresh_parameters = ["bert.pooler.dense.weight"]
+    adapter = inject(model, LoRA(targets="query"))
+    assert set(adapter.in_place) == {
+        "bert.pooler.dense.weight", "classifier.weight", "classifier.bias",
+    }  # fmt: skip
+
+
+def test_a_mixture_of_experts_is_one_stack() -> None:
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    class SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.o = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = SelfAttention()
+            self.experts = nn.ModuleList([Expert() for _ in range(4)])
+
+    model = nn.Module()
+    model.embed = nn.Embedding(7, 4)
+    model.layers = nn.ModuleList([Layer() for _ in range(3)])
+    assert names(anatomy.layers(model)) == [f"layers.{i}" for i in range(3)]
+    assert len(anatomy.projections(model)) == 3 * (2 + 8)
+
+
+def test_above_the_layers(build: Build) -> None:
+    assert anatomy.above_layers(build("llama_classifier").model) == [
+        "model.norm.weight",
+        "score.weight",
+    ]
+    assert anatomy.above_layers(build("llama").model) == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), nn.Identity(), nn.ReLU()])
+def test_what_has_no_anatomy(model: nn.Module) -> None:
+    assert anatomy.layers(model) == []
+    assert anatomy.head(model) == []
+    assert anatomy.vocabulary(model) is None
+
+
+def test_a_sequential_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    adapter = inject(model, LoRA(r=2))
+    assert [name for name, _, _ in adapter.deltas] == ["0", "2"]
+    assert adapter.in_place == []
+    assert model(torch.ones(1, 4)).shape == (1, 2)
