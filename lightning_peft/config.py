@@ -223,6 +223,8 @@ def _evaluate(annotation: Any, cls: Callable[..., Any]) -> Any:
 def _fit(value: Any, hint: Any, where: str) -> Any:
     """Return `value`, as a tuple where `hint` is a sequence, or raise a ConfigError."""
     for option in _options(hint):
+        if isinstance(value, Mapping) and typing.get_args(option)[:1] == (int,):
+            value = _with_integer_keys(value)
         if _matches(value, option):
             wants_tuple = typing.get_origin(option) in (tuple, collections.abc.Sequence)
             return tuple(value) if wants_tuple and isinstance(value, list) else value
@@ -232,6 +234,11 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     close = near_misses(str(value), [str(choice) for choice in choices])
     wanted = " or ".join(_name(option) for option in _options(hint))
     raise ConfigError(f"`{where}` must be {wanted}, but is {value!r} instead.{close}")
+
+
+def _with_integer_keys(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    # JSON has no keys but strings.
+    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
 
 
 def _options(hint: Any) -> Iterator[Any]:

@@ -17,11 +17,12 @@ from lightning_peft.config import instantiate, to_spec
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.fingerprint import check_fingerprint, fingerprint
-from lightning_peft.method import inject
+from lightning_peft.method import Method, inject
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "lightning_peft.json"
 FORMAT = 1
+_NEEDED = ("name", "methods", "in_place", "fingerprint", "sha256")
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
@@ -66,13 +67,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         CheckpointError: the folder is incomplete or damaged, the model is another base, or its
             tensors do not fit; the model is left as it was.
     """
-    from safetensors.torch import load
-
     folder = Path(folder)
-    config, data = _read(folder)
-    methods = [instantiate(spec, f"methods[{i}]") for i, spec in enumerate(config["methods"])]
+    config, tensors = _read(folder)
+    methods = [_method(spec, f"methods[{i}]") for i, spec in enumerate(config["methods"])]
     old, new = config["name"], name or config["name"]
-    state = {_renamed(key, old, new): tensor for key, tensor in load(data).items()}
+    state = {_renamed(key, old, new): tensor for key, tensor in tensors.items()}
     present = fingerprint(model, set(state))
     check_fingerprint(config["fingerprint"], present, f"`{folder}`")
     exactly = [f"re:{re.escape(parameter)}" for parameter in config["in_place"]]
@@ -104,7 +103,14 @@ def _base_name(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
+def _method(spec: Any, where: str) -> Method:
+    method = instantiate(spec, where)
+    if not isinstance(method, Method):
+        raise CheckpointError(f"`{where}` in `{CONFIG}` must be a Method, but is {spec} instead.")
+    return method
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         data = (folder / TENSORS).read_bytes()
@@ -116,11 +122,23 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
         raise CheckpointError(
             f"`{folder / CONFIG}` must have `format` {FORMAT}: update the package."
         )
+    if lacking := [key for key in _NEEDED if key not in config]:
+        raise CheckpointError(f"`{folder / CONFIG}` lacks `{lacking[0]}`: save the adapter again.")
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise CheckpointError(
             f"`{folder / TENSORS}` is damaged: its SHA-256 is not the one in `{CONFIG}`."
         )
-    return config, data
+    return config, _parse(data, folder / TENSORS)
+
+
+def _parse(data: bytes, path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"`{path}` is no safetensors file: {error}.") from error
 
 
 def _renamed(key: str, old: str, new: str) -> str:
