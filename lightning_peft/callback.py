@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_peft import averaging
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import AdapterError
-from lightning_peft.hooks import Adopted, PEFTHooks, adopt
+from lightning_peft.hooks import LateHooks, PEFTHooks, adopt_late
 from lightning_peft.injection import Injection, as_methods
 from lightning_peft.loading import load_foreign
 from lightning_peft.method import Method
@@ -68,7 +68,7 @@ class PEFT(Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Step into the module's hooks; it is injected once it has built its model."""
-        if isinstance(pl_module, PEFTHooks) and not isinstance(pl_module, Adopted):
+        if isinstance(pl_module, PEFTHooks) and not isinstance(pl_module, LateHooks):
             raise AdapterError("A PEFTModule injects by itself: leave out the PEFT callback.")
         if any(isinstance(other, PEFT) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise AdapterError(
@@ -76,7 +76,7 @@ class PEFT(Callback):
                 "one, as in `PEFT([LoRA(), Freeze()])`."
             )
         copied = averaging.is_used(trainer, after=self)
-        adopt(pl_module, self.injection)
+        adopt_late(pl_module, self.injection)
         self._module = pl_module
         if copied:
             averaging.expect_early_injection(pl_module)

@@ -1,8 +1,8 @@
 """What a LightningModule does while an adapter trains in it.
 
-`PEFTHooks` stands before the module's own class, in `PEFTModule` by inheritance and in a foreign
-module by a change of class (`adopt`), so that it sees every hook on its way to the module: one
-place that works wherever the model is built and whatever the module's optimizer code passes.
+By a change of the module's class (`adopt`) `PEFTHooks` stands before it and sees every hook on its
+way to the module: one place that works wherever the model is built, whatever the module's optimizer
+code passes, and also where a hook of the user's does not call the one of its parent.
 """
 
 import types
@@ -85,7 +85,9 @@ class PEFTHooks:
         super().on_fit_start()  # type: ignore[misc]
         if self._peft_record is not None:
             content.check_optimizers(self._peft_record, self, self._peft_before)
-            random_state.restore(self._peft_record["random"])
+            # A module that asked for the number of steps has begun to draw batches since the load.
+            if cast(Any, self).trainer.train_dataloader is None:
+                random_state.restore(self._peft_record["random"])
         self._peft_record, self._peft_before = None, {}
         self._peft_fitted = self.peft_adapter
         averaging.check(cast(Any, self))
@@ -143,7 +145,7 @@ class PEFTHooks:
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
-class Adopted(PEFTHooks):
+class LateHooks(PEFTHooks):
     """The hooks in a foreign module, which builds its model wherever it likes."""
 
     peft_pending: bool = True
@@ -165,7 +167,14 @@ class Adopted(PEFTHooks):
 
 
 def adopt(module: Any, injection: Injection) -> None:
-    """Let the hooks stand before the class of a foreign LightningModule; again is harmless."""
-    if not isinstance(module, Adopted):
-        module.__class__ = subclass(cast(type, type(module)), Adopted)
+    """Inject into a LightningModule, and let the hooks stand before its class."""
+    module.__class__ = subclass(cast(type, type(module)), PEFTHooks)
+    module.peft_injection = injection
+    module.peft_inject()
+
+
+def adopt_late(module: Any, injection: Injection) -> None:
+    """Let the hooks stand before a module that may not have built its model; again is harmless."""
+    if not isinstance(module, LateHooks):
+        module.__class__ = subclass(cast(type, type(module)), LateHooks)
     module.peft_injection, module.peft_pending = injection, True

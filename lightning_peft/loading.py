@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning_peft import checkpoint as content
 from lightning_peft.delta import SLOT, plain_name
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.hooks import adopt
+from lightning_peft.hooks import adopt_late
 from lightning_peft.injection import Injection
 from lightning_peft.plain import saved_settings
 
@@ -25,7 +25,7 @@ def load_foreign(
     record = content.record_of(loaded, path)
     module: Any = cls(**{**_saved_arguments(cls, loaded, record), **arguments})
     _build(module, loaded["state_dict"])
-    adopt(module, Injection.from_spec(record))
+    adopt_late(module, Injection.from_spec(record))
     module.configure_model()
     module.on_load_checkpoint(loaded)
     module.load_state_dict(loaded["state_dict"])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +16,7 @@ from lightning_peft.adapter import Adapter
 from lightning_peft.config import instantiate, to_spec
 from lightning_peft.errors import CheckpointError, ConfigError, near_misses
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.hooks import PEFTHooks
+from lightning_peft.hooks import PEFTHooks, adopt
 from lightning_peft.injection import Injection, as_methods
 from lightning_peft.method import Method
 from lightning_peft.models import ModelSource
@@ -27,8 +27,11 @@ from lightning_peft.tasks.task import Task
 _COURSES = ("linear", "cosine", "constant")
 
 
-class PEFTModule(PEFTHooks, pl.LightningModule):
+class PEFTModule(pl.LightningModule):
     """Train an adapter on a task, with AdamW, a warm-up and a decay of the learning rate.
+
+    The base keeps the mode that it comes with. `from_pretrained` returns eval mode, in which the
+    base's own dropout is off and only that of the method acts; `model.train()` turns it on.
 
     Args:
         model: the base, or the recipe by which the task loads it.
@@ -51,7 +54,12 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
 
     Raises:
         ConfigError: a setting is out of its range.
+        TargetError: a pattern matches nothing.
+        AdapterError: the model is wrapped, or carries another adapter.
     """
+
+    peft_export: bool
+    """Whether the end of a fit writes `adapter/` beside the folder of the checkpoints."""
 
     def __init__(
         self,
@@ -77,19 +85,19 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
             "head_lr": head_lr,
         }
         _check(settings)
-        self.peft_injection = Injection(as_methods(methods), name, train, head, within="model")
+        injection = Injection(as_methods(methods), name, train, head, within="model")
         self.model = task.load_model(model) if isinstance(model, ModelSource) else model
         self.task, self.lr, self.head_lr = task, lr, head_lr
         described = {"model": _describe(model), "task": to_spec(task)}
-        self.save_hyperparameters({**described, **self.peft_injection.to_spec(), **settings})
+        self.save_hyperparameters({**described, **injection.to_spec(), **settings})
         self.validation_metrics = task.metrics().clone(prefix="val/")
         self.test_metrics = task.metrics().clone(prefix="test/")
-        self.peft_inject()
+        adopt(self, injection)
 
     @property
     def adapter(self) -> Adapter:
         """The adapter, there from the start."""
-        return self.peft_adapter
+        return cast(PEFTHooks, self).peft_adapter
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -116,7 +124,7 @@ class PEFTModule(PEFTHooks, pl.LightningModule):
             )
         for key in ("methods", "task"):
             settings[key] = instantiate(settings[key])
-        module = cls(**settings)
+        module: Any = cls(**settings)
         module.on_load_checkpoint(loaded)
         module.load_state_dict(loaded["state_dict"])
         return module
