@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.anatomy import is_transformers
 from lightning_peft.delta import (
     SLOT,
     Delta,
@@ -399,7 +400,8 @@ def _has_statistics(norm: Any) -> bool:
 def _tell_transformers(model: nn.Module) -> None:
     """Keep what adapters added out of `save_pretrained`, by transformers' own list for that."""
     for module in model.modules():
-        if isinstance(ignored := module.__dict__.get("_keys_to_ignore_on_save"), set):
+        if is_transformers(module):  # before 5.9 the list is the class's, and None when empty
+            ignored = getattr(module, "_keys_to_ignore_on_save", None) or ()
             kept = {name for name in ignored if f"{SLOT}." not in name}
             added = {name for name in module.state_dict() if f"{SLOT}." in name}
             module.__dict__["_keys_to_ignore_on_save"] = kept | added

@@ -130,7 +130,7 @@ def head(model: nn.Module) -> list[Named]:
     for name, parent, child in _path(model, core):
         children = list(parent.named_children())
         start = [module for _, module in children].index(child) + 1
-        fresh = _is_transformers(child)
+        fresh = is_transformers(child)
         behind = [(key, m) for key, m in children[0 if fresh else start :] if m is not child]
         found += [(f"{name}{k}", m) for k, m in behind if _is_dense(m, norm_alone=fresh)]
     return [(name, m) for name, m in found if not speaks(m, vocabulary(model))]
@@ -235,14 +235,15 @@ def _core(model: nn.Module) -> str:
     """Return the name of the headless pretrained model, or of the last layer stack, or nothing."""
     if not (stack := layers(model)):
         return ""
-    known = [(name, module) for name, module in base_modules(model) if _is_transformers(module)]
+    known = [(name, module) for name, module in base_modules(model) if is_transformers(module)]
     for name, outer in known[:1]:
         inner = getattr(outer, "base_model_prefix", "")
         return _join(name, inner) if inner in outer._modules else name
     return stack[-1][0].rpartition(".")[0]
 
 
-def _is_transformers(module: nn.Module) -> bool:
+def is_transformers(module: nn.Module) -> bool:
+    """Whether the module is a model of transformers; its package is not imported to tell."""
     return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
 
 
