@@ -37,13 +37,15 @@ _MODEL = "state_dict"
 
 
 def prepare(path: Path) -> None:
-    """Clear away what a killed save left beside `path`.
+    """Bring what a killed save left beside `path` to its end, or clear it away.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     with _translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if manifest.is_complete(_new(path)):
+            _take_place(path)  # a run may have been resumed from it
         discard(path)
 
 
@@ -75,10 +77,7 @@ def finish(checkpoint: dict[str, Any], path: Path) -> None:
     with _translated(path):
         torch.save(rest, new / _META)
         manifest.commit(new)
-        with moved_away(path, only_folders=False):
-            new.rename(path)
-            manifest.sync(path.parent)
-        manifest.manifest_path(path).unlink(missing_ok=True)  # of a file that was here before
+        _take_place(path)
 
 
 @contextmanager
@@ -149,6 +148,13 @@ def remove(path: Path) -> None:
 
 def _new(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
+
+
+def _take_place(path: Path) -> None:
+    with moved_away(path, only_folders=False):
+        _new(path).rename(path)
+        manifest.sync(path.parent)
+    manifest.manifest_path(path).unlink(missing_ok=True)  # of a file that was here before
 
 
 def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

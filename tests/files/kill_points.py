@@ -1,4 +1,4 @@
-"""Kill a save at every line of `lightning_peft/files`, one fork each, and look at what is left.
+"""Kill a save before each change that it makes to the disk, and look at what is left.
 
 Run as a script: ``python kill_points.py FOLDER (file|shards)``. Prints the number of kills.
 """
@@ -8,16 +8,15 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from lightning_peft.files import last_checkpoint as last_checkpoint_module
 from lightning_peft.files import shards
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
+from lightning_peft.files.last_checkpoint import last_checkpoint
 
-FILES = str(Path(last_checkpoint_module.__file__).parent)
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 KILLED = 9
 
 
@@ -45,26 +44,29 @@ def load(path: Path) -> int:
     return content["value"]
 
 
-def die_at(line: int) -> None:
-    """Exit without any clean-up when the given line of our code, counted as run, is reached."""
-    lines = itertools.count(1)
+def die_before(step: int, folder: Path) -> None:
+    """Exit without any clean-up before the given change to `folder`, counted from 1."""
+    steps = itertools.count(1)
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(FILES):
-            return None
-        if event == "line" and next(lines) == line:
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in CHANGES:
+            return
+        # Inside a tree that is removed, names are relative to an open folder.
+        inside = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        here = inside or str(arguments[0]).startswith(str(folder))
+        reads = event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if here and not reads and next(steps) == step:
             os._exit(KILLED)
-        return trace
 
-    sys.settrace(trace)
+    sys.addaudithook(watch)
 
 
-def killed(save: Any, value: int, path: Path, line: int) -> bool:
-    """Save in a child process that dies at a line; return whether it died."""
+def killed(save: Any, value: int, path: Path) -> bool:
+    """Save in a child process that dies before change number `value`; return whether it died."""
     if (child := os.fork()) == 0:
         status = 1
         try:
-            die_at(line)
+            die_before(value, path.parent)
             save(value, path)
             status = 0
         finally:
@@ -80,21 +82,21 @@ def main(folder: Path, kind: str) -> None:
     path = folder / "last.ckpt"
     save(0, path)
     present = 0
-    for line in itertools.count(1):
-        died = killed(save, line, path, line)
-        found = last_checkpoint_module.last_checkpoint(folder)
+    for step in itertools.count(1):
+        died = killed(save, step, path)
+        found = last_checkpoint(folder)
         value = load(found)
-        assert value in (present, line), f"killed at {line}: {value}, neither {present} nor {line}"
+        assert value in (present, step), f"killed at {step}: {value}, not {present} or {step}"
         assert kind == "shards" or found == path
         present = value
         if not died:
             break
         for leftover in folder.glob(".*.tmp"):
             os.utime(leftover, (0, 0))
-    assert present == line, "a save that was not killed is not there"
+    assert present == step, "a save that was not killed is not there"
     left = {file.name for file in folder.iterdir()}
     assert left <= {"last.ckpt", "last.ckpt.sha256"}, left
-    print(f"{line - 1} kills")
+    print(f"{step - 1} kills")
 
 
 if __name__ == "__main__":
