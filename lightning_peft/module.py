@@ -129,6 +129,9 @@ class PEFTModule(pl.LightningModule):
         module.load_state_dict(loaded["state_dict"])
         return module
 
+    def configure_model(self) -> None:
+        """Do nothing: the model is built. A strategy that shards it asks for this hook."""
+
     def forward(self, batch: Any) -> Any:
         """Return what the model computes for a batch of the task."""
         return self.model(**batch)
