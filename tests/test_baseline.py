@@ -133,7 +133,8 @@ def test_the_choice_is_made_on_validation_alone(build, loaders, quick):
     assert all(set(b.test) == {"accuracy", "f1"} for b in with_test)
 
 
-def test_a_learnable_rule_is_learnt():
+def test_a_learnable_rule_is_learnt(monkeypatch):
+    monkeypatch.setattr(baseline, "_RATES", (1e-2,))
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
