@@ -5,6 +5,7 @@ in one sentence on standard error and exit code 1; anything else keeps its stack
 """
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -26,6 +27,8 @@ from lightning_peft.jobs import saved
 from lightning_peft.jobs.conf import Conf, own_folder
 from lightning_peft.jobs.explain import explain
 from lightning_peft.jobs.quiet import quieten
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped with Ctrl-C, as shells expect it."""
@@ -51,6 +54,10 @@ def _one_sentence() -> Iterator[None]:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        _fail(f"{error}.")
     except Exception as error:
         # Lightning's own word for settings that do not go together; its import is slow.
         if type(error).__name__ != "MisconfigurationException":

@@ -44,7 +44,8 @@ def store(name: str, folder: Path, overrides: Sequence[str], conf: Conf) -> list
     settings |= {"run": str(folder), "folder": None, "allow": []}
     primary = yaml.safe_load((conf.own / "train.yaml").read_text(encoding="utf-8"))
     hydra_own = [part for part in primary["defaults"] if "hydra/" in str(part)]
-    node = {"defaults": ["_self_", *hydra_own], "hydra": primary["hydra"], **settings}
+    # Ours last: what stands under `hydra` could make Hydra itself import and call anything.
+    node = {**settings, "defaults": ["_self_", *hydra_own], "hydra": primary["hydra"]}
     ConfigStore.instance().store(name, OmegaConf.create(node))
     return [text for text in overrides if text not in choices and key_of(text) != "run"]
 
@@ -61,11 +62,14 @@ def read(folder: Path) -> dict[str, Any]:
             f"`run` must be the folder of an earlier run, but {str(folder)!r} holds no `{CONFIG}`."
         )
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"`{file}` must be YAML, but cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"`{file}` must hold settings by name, but does not.")
+    if "${" in text:  # `${oc.env:...}` would send a secret of this machine to wherever it says
+        raise ConfigError(f"`{file}` must hold resolved values, but holds an interpolation `${{`.")
     return settings
 
 

@@ -20,8 +20,7 @@ from lightning_peft.strategies.checks import assert_same_on_all_ranks, check_str
 if TYPE_CHECKING:
     from lightning_peft.tasks.task import Task
 
-_STRATEGIES = {"PEFTFSDPStrategy": "fsdp", "PEFTDeepSpeedStrategy": "deepspeed"}
-_STRATEGIES |= {"FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
+_STRATEGIES = {"FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
 
 
 class SameSettings(Callback):

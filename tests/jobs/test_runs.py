@@ -255,12 +255,18 @@ def test_an_option_replaces_its_part_of_a_saved_run(copy: Path, run: Run) -> Non
 
 def test_a_strangers_folder_cannot_allow_imports(copy: Path, run: Run) -> None:
     config = yaml.safe_load((copy / "config.yaml").read_text())
-    config["allow"] = ["os"]
-    config["data"] = {"_target_": "os.system", "command": "touch owned"}
-    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    config["allow"] = ["shutil"]
+    attack = {"_target_": "shutil.copyfile", "src": str(copy / "report.md"), "dst": "owned"}
+    (copy / "config.yaml").write_text(yaml.safe_dump({**config, "data": attack}))
     done = run("job=test", f"run={copy}")
     assert done.code == 1
     assert "`data._target_` must be a class of lightning_peft" in done.err
+    hydra = {"callbacks": {"own": attack}}
+    (copy / "config.yaml").write_text(yaml.safe_dump({**config, "hydra": hydra}))
+    assert run("job=validate", f"run={copy}").code == 0
+    (copy / "config.yaml").write_text(yaml.safe_dump({**config, "title": "${oc.env:HOME}"}))
+    done = run("job=test", f"run={copy}")
+    assert "must hold resolved values" in done.err
     assert not Path("owned").exists()
 
 
