@@ -28,6 +28,7 @@ from lightning_peft.method import Method
 METHODS = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 KINDS = {"encoder": "bert", "decoder": "llama", "encoder-decoder": "t5", "vision": "vit"}
 KINDS_THAT_GENERATE = ("decoder", "encoder-decoder")
+SLOW_TO_COMPILE = ("encoder-decoder", "vision")
 
 Build = Callable[[str], Any]
 
@@ -346,6 +347,10 @@ def test_the_fast_path_of_torchs_encoder_does_not_pass_the_adapter_by(
         torch.testing.assert_close(example.logits(), base, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [k if k not in SLOW_TO_COMPILE else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_compiled_gives_the_same_beside_a_compiled_sibling(
     example: Any, pristine: nn.Module, methods: list[Method]
 ) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft import LoRA, inject
 from lightning_peft.delta import SLOT
+from tests.benchmarks.lora_step import saved_bytes
 
 peft = pytest.importorskip("peft", reason="peft is not installed: run `pip install '.[dev]'`")
 
@@ -164,3 +165,16 @@ def test_merged_weights_equal_pefts(case: str, build: Build) -> None:
     state, expected = adapter.merge().state_dict(), reference.merge_and_unload().state_dict()
     for key, tensor in state.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_keeps_no_more_for_backward_than_peft(name: str, dropout: float, build: Build) -> None:
+    example = build(name)
+    settings = {"r": 4, "target_modules": "all-linear", "lora_dropout": dropout}
+    reference = reference_of(example.model, settings | {"fan_in_fan_out": name == "gpt2"})
+    inject(example.model, LoRA(r=4, targets="all-linear", dropout=dropout), head=False)
+    labels = {"labels": torch.tensor([0, 1, 2])}
+    batch = example.inputs | (labels if name == "bert" else {"labels": example.inputs["input_ids"]})
+    kept, theirs = (saved_bytes(m.train(), batch) for m in (example.model, reference))
+    assert 0 < kept <= theirs
