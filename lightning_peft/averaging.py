@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 
 from lightning_peft import checkpoint as content
-from lightning_peft.delta import HeldInEval, plain_name, superclass
+from lightning_peft.delta import HeldInEval, plain_name
 from lightning_peft.errors import ConfigError
 
 _AVERAGING: Any = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
@@ -39,11 +39,9 @@ def is_used(trainer: "pl.Trainer", after: pl.Callback) -> bool:
     return bool(found)
 
 
-def expect_early_injection(module: pl.LightningModule) -> None:
-    """Hold back a warning that the user's class overrides `configure_model`, where only we do."""
-    own: Any = superclass(type(module))
-    if own.configure_model is pl.LightningModule.configure_model:
-        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model")
+def hold_back_warning() -> None:
+    """Hold back a warning that the user's class builds its model late, where only we inject."""
+    warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that")
 
 
 def check(module: pl.LightningModule) -> None:

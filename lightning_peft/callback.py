@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_peft import averaging
 from lightning_peft.adapter import Adapter
@@ -76,10 +77,11 @@ class PEFT(Callback):
                 "one, as in `PEFT([LoRA(), Freeze()])`."
             )
         copied = averaging.is_used(trainer, after=self)
+        if not is_overridden("configure_model", pl_module):
+            averaging.hold_back_warning()
         adopt_late(pl_module, self.injection)
         self._module = pl_module
         if copied:
-            averaging.expect_early_injection(pl_module)
             pl_module.configure_model()
 
     @staticmethod

@@ -168,6 +168,7 @@ class LateHooks(PEFTHooks):
 
 def adopt(module: Any, injection: Injection) -> None:
     """Inject into a LightningModule, and let the hooks stand before its class."""
+    averaging.hold_back_warning()
     module.__class__ = subclass(cast(type, type(module)), PEFTHooks)
     module.peft_injection = injection
     module.peft_inject()

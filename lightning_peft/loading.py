@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from lightning_peft import checkpoint as content
 from lightning_peft.delta import SLOT, plain_name
+from lightning_peft.errors import CheckpointError
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
 from lightning_peft.hooks import adopt_late
 from lightning_peft.injection import Injection
@@ -21,15 +22,32 @@ def load_foreign(
     cls: type[_Module], path: str | Path, map_location: Any, arguments: Mapping[str, Any]
 ) -> _Module:
     """Build the module with the saved hyper-parameters and `arguments`, inject, and load."""
+    from lightning_peft.module import PEFTModule  # slow to import
+
+    if issubclass(cls, PEFTModule):
+        own: Any = cls
+        return own.load_from_checkpoint(path, map_location=map_location, **arguments)
     loaded = AtomicCheckpointIO().load_checkpoint(path, map_location)
     record = content.record_of(loaded, path)
-    module: Any = cls(**{**_saved_arguments(cls, loaded, record), **arguments})
+    given = {**_saved_arguments(cls, loaded, record), **arguments}
+    _require_all(cls, given, path)
+    module: Any = cls(**given)
     _build(module, loaded["state_dict"])
     adopt_late(module, Injection.from_spec(record))
     module.configure_model()
     module.on_load_checkpoint(loaded)
     module.load_state_dict(loaded["state_dict"])
     return module
+
+
+def _require_all(cls: type, given: Mapping[str, Any], path: str | Path) -> None:
+    for name, parameter in inspect.signature(cls).parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in given:
+            raise CheckpointError(
+                f"`{name}` of {cls.__name__} is not in `{path}`: give it, as in "
+                f"`PEFT.load_from_checkpoint({cls.__name__}, path, {name}=...)`."
+            )
 
 
 def _build(module: pl.LightningModule, state: Mapping[str, Any]) -> None:

@@ -101,13 +101,16 @@ class PEFTModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, path: str | Path, model: nn.Module | None = None, map_location: Any = "cpu"
+        cls,
+        path: str | Path,
+        model: nn.Module | ModelSource | None = None,
+        map_location: Any = "cpu",
     ) -> "PEFTModule":
         """Rebuild the base and the adapter from a checkpoint.
 
         Args:
             path: the checkpoint.
-            model: the base, where the checkpoint does not know how to load it.
+            model: the base, or its recipe, where the checkpoint does not know how to load it.
             map_location: where its tensors go.
 
         Raises:
@@ -115,7 +118,12 @@ class PEFTModule(pl.LightningModule):
         """
         loaded = AtomicCheckpointIO().load_checkpoint(path, map_location)
         content.record_of(loaded, path)
-        settings = dict(loaded[cls.CHECKPOINT_HYPER_PARAMS_KEY])
+        settings = dict(loaded.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        if "task" not in settings:
+            raise CheckpointError(
+                f"`{path}` was trained in another LightningModule: load it with "
+                "`PEFT.load_from_checkpoint(YourModule, path)`."
+            )
         settings["model"] = model if model is not None else instantiate(settings["model"])
         if settings["model"] is None:
             raise CheckpointError(

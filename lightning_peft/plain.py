@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lightning.fabric.utilities.data import AttributeDict
+from torch import nn
 
 _SAVED, _TYPE = "hyper_parameters", "hparams_type"
 
@@ -18,8 +19,8 @@ def make_plain(checkpoint: MutableMapping[str, Any]) -> bool:
     """
     for key in [key for key in checkpoint if key.endswith(_SAVED)]:
         checkpoint[key] = plain(checkpoint[key])
-    types = [checkpoint.pop(key) for key in list(checkpoint) if key.endswith(_TYPE)]
-    return any(cls.__module__.startswith("omegaconf.") for cls in types)
+    types = {key: checkpoint.pop(key) for key in list(checkpoint) if key.endswith(_TYPE)}
+    return getattr(types.get(_TYPE), "__module__", "").startswith("omegaconf.")
 
 
 def saved_settings(checkpoint: Mapping[str, Any], omegaconf: bool) -> Any:
@@ -39,16 +40,19 @@ def _attributes(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with its containers, paths and numbers made those of plain Python."""
+    """Return `value` with its containers, paths and numbers made those of plain Python.
+
+    Modules in a dictionary are left out: a checkpoint of what was trained must not hold the base.
+    """
     if isinstance(value, Namespace):
         return plain(vars(value))
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        items = value.items()
+        return {key: plain(item) for key, item in items if not isinstance(item, nn.Module)}
     if isinstance(value, PurePath):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)) or type(value).__name__ == "ListConfig":
-        items = map(plain, value)
-        return tuple(items) if type(value) is tuple else list(items)
+        return (tuple if type(value) is tuple else list)(map(plain, value))
     return value

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -390,6 +390,50 @@ def test_a_module_is_loaded_from_its_checkpoint(build: str, tmp_path: Path) -> N
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["lightning_peft"]["random"][0]
     assert not torch.equal(stored["torch"], torch.get_rng_state())  # only a fit goes back to it
+
+
+class Storing(LightningModule):
+    """Stores its model among the hyper-parameters, of which Lightning warns."""
+
+    def __init__(self, model: nn.Module, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = model
+
+    configure_optimizers = Reader.configure_optimizers
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.model(batch[0]) - 1).pow(2).mean()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'model' is an instance of `nn.Module`")
+def test_a_model_among_the_settings_is_not_stored_but_asked_for(tmp_path: Path) -> None:
+    module = Storing(network())
+    run = trainer(tmp_path, PEFT(LoRA(r=2)))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == {"lr": 0.1}
+    with pytest.raises(CheckpointError, match=r"`model` of Storing is not in .*, model=\.\.\.\)"):
+        PEFT.load_from_checkpoint(Storing, tmp_path / "a.ckpt")
+    loaded = PEFT.load_from_checkpoint(Storing, tmp_path / "a.ckpt", model=network())
+    assert changed(snapshot(module), loaded) == set()
+
+
+class Data(LightningDataModule):
+    def __init__(self, conf: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters(conf)
+
+    train_dataloader = staticmethod(loader)
+
+
+def test_settings_of_the_data_are_stored_safely_too(tmp_path: Path) -> None:
+    run = trainer(tmp_path, PEFT(LoRA(r=2)))
+    run.fit(Reader(6), datamodule=Data(OmegaConf.create({"rows": [1, 2], "where": "here"})))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    file = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert file["datamodule_hyper_parameters"] == {"rows": [1, 2], "where": "here"}
+    assert Data.load_from_checkpoint(tmp_path / "a.ckpt").hparams["rows"] == [1, 2]
 
 
 def test_a_module_that_was_injected_by_hand_is_loaded(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import Freeze, LoRA, PEFTModule
+from lightning_peft import PEFT, Freeze, LoRA, PEFTModule
 from lightning_peft.errors import AdapterError, CheckpointError, ConfigError, TargetError
 from lightning_peft.methods import FullFineTuning
 from lightning_peft.models import ModelSource
 from lightning_peft.tasks.sequence_classification import SequenceClassification
-from tests.lightning_modules import At, changed, snapshot, trainer
+from tests.lightning_modules import At, Module, changed, loader, snapshot, trainer
 
 LABELS = ("bad", "fair", "good")
 
@@ -217,6 +217,17 @@ def test_a_model_built_by_hand_must_be_given(tmp_path: Path) -> None:
     nn.init.normal_(other.fc1.weight)
     with pytest.raises(CheckpointError, match="trained on another base"):
         PEFTModule.load_from_checkpoint(path, model=other)
+
+
+def test_either_way_of_loading_finds_the_right_one(tmp_path: Path) -> None:
+    path = saved(tmp_path, module := made())
+    loaded = PEFT.load_from_checkpoint(PEFTModule, path, model=Classifier())
+    assert changed(snapshot(module), loaded) == set()
+    run = trainer(tmp_path, PEFT(LoRA(r=2)))
+    run.fit(Module(), loader(), loader())
+    run.save_checkpoint(tmp_path / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match=r"PEFT.load_from_checkpoint\(YourModule, path\)"):
+        PEFTModule.load_from_checkpoint(tmp_path / "foreign.ckpt")
 
 
 @pytest.mark.parametrize("method", [LoRA(r=2), FullFineTuning()])
