@@ -123,7 +123,7 @@ def wandb_logger(
     except wandb.Error as error:
         raise ConfigError(
             f"`logger=wandb` must reach W&B, but cannot: {error} "
-            "Run `wandb login`, or set `logger.offline=true` to keep the run on disk."
+            "Run `wandb login`, or set `logger.wandb.offline=true` to keep the run on disk."
         ) from error
     return logger
 
