@@ -22,4 +22,4 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
     if output.is_nested:  # what `nn.TransformerEncoder` makes of a padded batch in eval mode
         return output + F.linear(hidden, b * scale)
     flat = output.reshape(-1, output.shape[-1])
-    return torch.addmm(flat, hidden.reshape(-1, len(a)), b.T, alpha=scale).view(output.shape)
+    return torch.addmm(flat, hidden.reshape(-1, a.shape[0]), b.T, alpha=scale).view(output.shape)

@@ -371,3 +371,15 @@ def test_learns_on_a_real_encoder(head: bool, minilm: Any) -> None:
     assert losses[-1] < 0.9 * losses[0]
     adapter.remove()
     assert torch.equal(minilm.logits(), base)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace_method. is deprecated:DeprecationWarning")
+def test_traces_and_exports() -> None:
+    make, x = LAYERS["linear"]
+    layer, adapter = adapted(make)
+    randomise(adapter)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.testing.assert_close(traced(x), layer(x))
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
