@@ -95,7 +95,8 @@ class Adapter:
     @functools.cached_property
     def start_epochs(self) -> dict[str, int]:
         """By name, the epoch from which a parameter is trained, where it is not 0."""
-        return {n: e for m in self.methods for n, e in m.start_epochs(self.model).items()}
+        found = [item for m in self.methods for item in m.start_epochs(self.model).items()]
+        return {plain_name(name): epoch for name, epoch in found}
 
     @property
     def num_parameters(self) -> int:

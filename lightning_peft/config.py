@@ -15,10 +15,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lightning_peft.errors import ConfigError, PEFTError, near_misses
 from lightning_peft.redact import HIDDEN
+
+_Kind = TypeVar("_Kind")
 
 TARGET = "_target_"
 MISSING = "???"
@@ -69,6 +71,22 @@ def allow_packages(*names: str) -> None:
         if not all(part.isidentifier() for part in str(name).split(".")):
             raise ConfigError(f"`allow` must list packages, but holds {name!r} instead.")
     _user_packages.update(names)
+
+
+def instantiate_as(kind: type[_Kind], spec: Any, where: str = "") -> _Kind:
+    """Build an object of `kind`, or of a class derived from it, and nothing else.
+
+    What comes from a file of others is built by this: another allowed class is refused before its
+    constructor runs.
+
+    Raises:
+        ConfigError: As `instantiate`, and where `spec` describes something else.
+    """
+    target = spec.get(TARGET) if isinstance(spec, Mapping) else None
+    found = find_target(target, _join(where, TARGET)) if target is not None else None
+    if not (inspect.isclass(found) and issubclass(found, kind)):
+        raise ConfigError(f"`{where or TARGET}` must be a {kind.__name__}, but is {spec} instead.")
+    return cast(_Kind, instantiate(spec, where))
 
 
 def instantiate(spec: Any, where: str = "") -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.adapter import Adapter, adapters_of
 from lightning_peft.anatomy import head_parameters
-from lightning_peft.config import instantiate, to_spec
+from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method, inject
 from lightning_peft.strategies.checks import refuse_wrapped
@@ -62,7 +62,7 @@ class Injection:
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Injection":
         """Return the settings that `to_spec` gave."""
-        methods = tuple(instantiate(method) for method in spec["methods"])
+        methods = tuple(instantiate_as(Method, method) for method in spec["methods"])
         return cls(methods, spec["name"], tuple(spec["train"]), spec["head"])
 
     def _require_equal(self, found: Adapter) -> None:

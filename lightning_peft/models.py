@@ -69,6 +69,11 @@ class ModelSource:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("`name` must be a model's hub id or folder, but is empty instead.")
+        if self.package is not None and not self.package.isidentifier():
+            raise ConfigError(
+                f"`package` must be the name of a top-level package, but is {self.package!r} "
+                "instead."
+            )
         if self.dtype not in _DTYPES:
             raise ConfigError(
                 f"`dtype` must be one of {', '.join(_DTYPES)}, but is {self.dtype!r} instead."
@@ -115,6 +120,7 @@ class ModelSource:
                 **config,
             )
         model.fresh_parameters = self._fresh(model, info)
+        model.config.name_or_path = self.name  # not this machine's folder, which gets shared
         if self.gradient_checkpointing:
             with warnings.catch_warnings():  # renamed within transformers 5, of which all are taken
                 warnings.simplefilter("ignore", FutureWarning)
@@ -219,6 +225,8 @@ def ask_hub(
 
 def package_folder(package: str) -> Path | None:
     """Return the folder of an installed package without importing it, or None."""
+    if not package.isidentifier():  # to find `a.b`, Python would import `a`
+        return None
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):

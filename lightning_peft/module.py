@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from lightning_peft import checkpoint as content
 from lightning_peft.adapter import Adapter
-from lightning_peft.config import instantiate, to_spec
+from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import CheckpointError, ConfigError, near_misses
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
 from lightning_peft.hooks import PEFTHooks, adopt
@@ -124,14 +124,18 @@ class PEFTModule(pl.LightningModule):
                 f"`{path}` was trained in another LightningModule: load it with "
                 "`PEFT.load_from_checkpoint(YourModule, path)`."
             )
-        settings["model"] = model if model is not None else instantiate(settings["model"])
-        if settings["model"] is None:
+        if model is None and settings["model"] is not None:
+            model = instantiate_as(ModelSource, settings["model"], "model")
+        settings["model"] = model
+        if model is None:
             raise CheckpointError(
                 f"`{path}` was trained on a model that was built by hand: pass that model as "
                 "`load_from_checkpoint(path, model=...)`."
             )
-        for key in ("methods", "task"):
-            settings[key] = instantiate(settings[key])
+        settings["methods"] = [
+            instantiate_as(Method, spec, "methods") for spec in settings["methods"]
+        ]
+        settings["task"] = instantiate_as(Task, settings["task"], "task")  # type: ignore[type-abstract]
         module: Any = cls(**settings)
         module.on_load_checkpoint(loaded)
         module.load_state_dict(loaded["state_dict"])

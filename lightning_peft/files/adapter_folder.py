@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft.adapter import Adapter, check_state
-from lightning_peft.config import instantiate, to_spec
+from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.delta import SLOT
-from lightning_peft.errors import CheckpointError, PEFTError
+from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
 from lightning_peft.fingerprint import check_fingerprint, fingerprint
 from lightning_peft.method import Method, inject
 
@@ -104,10 +104,10 @@ def _base_name(model: nn.Module) -> dict[str, str]:
 
 
 def _method(spec: Any, where: str) -> Method:
-    method = instantiate(spec, where)
-    if not isinstance(method, Method):
-        raise CheckpointError(f"`{where}` in `{CONFIG}` must be a Method, but is {spec} instead.")
-    return method
+    try:
+        return instantiate_as(Method, spec, where)
+    except ConfigError as error:
+        raise CheckpointError(f"`{CONFIG}` cannot be read: {error}") from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

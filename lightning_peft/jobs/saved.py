@@ -21,7 +21,7 @@ CONFIG = "config.yaml"
 
 def requested(overrides: Sequence[str]) -> Path | None:
     """Return the folder that the last `run=` among `overrides` names, if there is one."""
-    values = [text.partition("=")[2] for text in overrides if text.startswith("run=")]
+    values = [text.partition("=")[2] for text in overrides if key_of(text) == "run"]
     value = values[-1].strip("'\"") if values else ""
     return None if value in ("", "null") else Path(value).expanduser()
 

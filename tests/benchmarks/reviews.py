@@ -3,9 +3,9 @@
     .venv/bin/python tests/benchmarks/reviews.py runs/seeds --seeds 0 1 2 [override ...]
 
 Each seed is one `lightning-peft experiment=demo` in a folder of its own; a finished one is not run
-again, so an interrupted table is resumed. The baseline is the better of the two on validation,
-taken from the first seed: rows, split and frozen features are the same for all. Prints a
-Markdown table of means with 95 % intervals (Student's t).
+again, so an interrupted table is resumed. A seed draws its own validation rows; the test rows are
+the same. The baseline is the better of the two on validation, fitted on the first seed's split.
+Prints a Markdown table of means with 95 % intervals (Student's t).
 """
 
 import argparse
