@@ -88,13 +88,14 @@ class PEFTHooks:
             # A module that asked for the number of steps has begun to draw batches since the load.
             if cast(Any, self).trainer.train_dataloader is None:
                 random_state.restore(self._peft_record["random"])
-        self._peft_record, self._peft_before = None, {}
+            self._peft_before = {}
         self._peft_fitted = self.peft_adapter
         averaging.check(cast(Any, self))
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember the loss, to be looked at once a step."""
         super().on_before_backward(loss)  # type: ignore[misc]
+        self._peft_record = None
         if finite.is_watched(loss, cast(Any, self).trainer):
             lost = self._peft_loss
             self._peft_loss = loss.detach() if lost is None else lost + loss.detach()
@@ -117,6 +118,10 @@ class PEFTHooks:
         """Keep the base exact in what an averaging callback copies in at the end."""
         super().on_train_epoch_end()  # type: ignore[misc]
         averaging.keep_base(cast(Any, self))
+        # A run that resumes from the end of a validation ends that epoch first, with a loader that
+        # has drawn a random seed and is then thrown away.
+        if self._peft_record is not None:
+            random_state.restore(self._peft_record["random"])
 
     def on_train_end(self) -> None:
         """Write the trained adapter to a folder, while processes are still connected."""
