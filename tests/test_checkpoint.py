@@ -255,6 +255,7 @@ def test_a_weights_only_checkpoint_serves_for_everything_but_a_resume(tmp_path: 
     assert FC1_A in read(path)["state_dict"]
     assert len(read(path)["state_dict"]) == 7
     wanted = run.validate(module, loader(), verbose=False)
+    assert run.validate(module, loader(), ckpt_path="best", verbose=False) == wanted
     fresh = Module()
     again = trainer(tmp_path, PEFT(LoRA(r=2)))
     assert again.validate(fresh, loader(), ckpt_path=path, verbose=False) == wanted
