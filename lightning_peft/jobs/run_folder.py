@@ -117,6 +117,9 @@ def created(settings: Mapping[str, Any]) -> Iterator[RunFolder]:
     if getattr(rank_zero_only, "rank", 0):
         yield RunFolder(_shared(settings))
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun; Lightning does it later
+        os.environ.pop(_FOLDER, None)
+        _shared(settings)
     folder = _make(settings)
     os.environ[_FOLDER] = str(folder.absolute())
     try:
@@ -156,6 +159,7 @@ def _numbered(file: Path, number: int) -> Path:
 
 
 def _shared(settings: Mapping[str, Any]) -> Path:
+    """Return the folder that the first process makes."""
     folder = os.environ.get(_FOLDER) or settings["folder"]
     if folder is None:
         raise ConfigError(
