@@ -77,7 +77,7 @@ def instantiate_as(kind: type[_Kind], spec: Any, where: str = "") -> _Kind:
     """Build an object of `kind`, or of a class derived from it, and nothing else.
 
     What comes from a file of others is built by this: another allowed class is refused before its
-    constructor runs.
+    constructor runs. Inside, only dataclasses are built: settings, which do nothing when made.
 
     Raises:
         ConfigError: As `instantiate`, and where `spec` describes something else.
@@ -86,7 +86,21 @@ def instantiate_as(kind: type[_Kind], spec: Any, where: str = "") -> _Kind:
     found = find_target(target, _join(where, TARGET)) if target is not None else None
     if not (inspect.isclass(found) and issubclass(found, kind)):
         raise ConfigError(f"`{where or TARGET}` must be a {kind.__name__}, but is {spec} instead.")
+    for key, part in spec.items():
+        _require_settings(part, _join(where, key))
     return cast(_Kind, instantiate(spec, where))
+
+
+def _require_settings(spec: Any, where: str) -> None:
+    """Refuse a `_target_` anywhere in `spec` that is more than a dataclass."""
+    if isinstance(spec, Mapping):
+        if TARGET in spec and not dataclasses.is_dataclass(find_target(spec[TARGET], where)):
+            raise ConfigError(f"`{where}` must be settings, but is {spec[TARGET]!r} instead.")
+        for key, part in spec.items():
+            _require_settings(part, _join(where, key))
+    elif isinstance(spec, (list, tuple)):
+        for i, part in enumerate(spec):
+            _require_settings(part, f"{where}[{i}]")
 
 
 def instantiate(spec: Any, where: str = "") -> Any:

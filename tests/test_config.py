@@ -4,13 +4,21 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from lightning_peft import config
-from lightning_peft.config import allow_packages, find_target, instantiate, to_spec
+from lightning_peft.config import (
+    allow_packages,
+    find_target,
+    instantiate,
+    instantiate_as,
+    to_spec,
+)
 from lightning_peft.errors import ConfigError, PEFTError
+from lightning_peft.method import Method
 from lightning_peft.methods.freeze import Freeze
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.lora import LoRA
@@ -82,6 +90,22 @@ def test_refuses_what_is_not_on_the_list(target: Any) -> None:
 def test_refuses_what_an_allowed_module_only_imports(target: str) -> None:
     with pytest.raises(ConfigError):
         find_target(target)
+
+
+@pytest.mark.parametrize("where", [None, "targets", "rank_pattern"])
+def test_a_strangers_settings_build_nothing_else(where: str | None, tmp_path: Path) -> None:
+    """An allowed constructor that writes files must not even be called."""
+    spec = {"_target_": "lightning_peft.loggers.wandb_logger", "folder": str(tmp_path / "x")}
+    if where is not None:
+        spec = {"_target_": "lightning_peft.methods.LoRA", where: [spec]}
+    with pytest.raises(ConfigError, match=r"must be a Method|must be settings"):
+        instantiate_as(Method, spec, "methods[0]")  # type: ignore[type-abstract]
+    assert not (tmp_path / "x").exists()
+
+
+def test_settings_inside_settings_are_built() -> None:
+    method = LoRA(targets=Targets("fc1", layers=(0,)))
+    assert instantiate_as(LoRA, to_spec(method)) == method
 
 
 def test_a_path_through_a_module_reaches_nothing() -> None:

@@ -70,5 +70,5 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_without_a_login_the_remedy_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"wandb login.*logger\.offline=true"):
+    with pytest.raises(ConfigError, match=r"wandb login.*logger\.wandb\.offline=true"):
         wandb_logger(tmp_path / "run")

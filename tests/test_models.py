@@ -1,5 +1,6 @@
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers.utils import logging as hf_logging
 from lightning_peft import models
 from lightning_peft.config import instantiate, to_spec
 from lightning_peft.errors import ConfigError
-from lightning_peft.models import HubAnswer, ModelSource, check_sha256
+from lightning_peft.models import HubAnswer, ModelSource, check_sha256, package_folder
 
 MINILM = {
     "name": "sentence-transformers/all-MiniLM-L6-v2",
@@ -43,6 +44,7 @@ def test_the_packaged_model_is_used_without_a_network(minilm_dir, monkeypatch):
     assert model.num_parameters() == 22_714_371
     tokens = source.tokenizer()(["fine coffee"], return_tensors="pt")
     assert model(**tokens).logits.shape == (1, 3)
+    assert model.config.name_or_path == MINILM["name"]  # what adapters name, not our folder
 
 
 def test_another_file_in_the_package_is_refused(minilm_dir):
@@ -59,6 +61,12 @@ def test_a_digest_is_taken_again_when_the_file_changes(tmp_path):
     path.write_bytes(b"other")
     with pytest.raises(ConfigError, match="but is d9298a10d1b07358"):
         check_sha256(path, "0" * 64, "package==1")
+
+
+def test_looking_for_a_package_imports_nothing(monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    assert package_folder("this.x") is None
+    assert "this" not in sys.modules
 
 
 def test_a_wrong_subfolder_is_refused(minilm_dir):
@@ -205,6 +213,7 @@ def test_an_unknown_class_names_its_near_misses(folder):
             {"name": "a", "dtype": "float8"},
             "`dtype` must be one of .* but is 'float8' instead. Did",
         ),
+        ({"name": "a", "package": "this.x"}, r"`package` must be .* but is 'this\.x' instead"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, message):

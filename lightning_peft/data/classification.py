@@ -273,8 +273,8 @@ class ClassificationData(pl.LightningDataModule):
         table = self._read(split)
         if table is None:
             raise DataError(
-                f"`path` must give rows for {split}, but {self._origin(split)} has none: add "
-                f"`data.path.{split}=<file>`."
+                f"`path` must give rows for {split}, but {self._origin(split)} has none: name "
+                f"files by split, as in `data.path='{{train: <file>, {split}: <file>}}'`."
             )
         return table
 

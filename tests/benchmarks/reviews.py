@@ -1,10 +1,10 @@
 """The demo's claim over several seeds: LoRA on MiniLM against what the frozen base is worth.
 
-    .venv/bin/python tests/benchmarks/reviews.py runs/seeds --seeds 0 1 2 [override ...]
+    .venv/bin/python tests/benchmarks/reviews.py runs/seeds [override ...] --seeds 0 1 2
 
 Each seed is one `lightning-peft experiment=demo` in a folder of its own; a finished one is not run
-again, so an interrupted table is resumed. A seed draws its own validation rows; the test rows are
-the same. The baseline is the better of the two on validation, fitted on the first seed's split.
+again, so an interrupted table is resumed. All seeds train, validate and test on the same rows, so
+the baseline, the better of the two on validation, is fitted once.
 Prints a Markdown table of means with 95 % intervals (Student's t).
 """
 
@@ -47,7 +47,7 @@ def _report(folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     run = folder / f"seed-{seed}"
     if not (run / "report.json").exists():
         command = Path(sys.executable).with_name("lightning-peft")
-        arguments = ["experiment=demo", f"seed={seed}", f"folder={run}", *overrides]
+        arguments = ["experiment=demo", f"seed={seed}", "data.seed=0", f"folder={run}", *overrides]
         subprocess.run([command, *arguments], check=True, stdout=sys.stderr)
     found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
     return found

@@ -216,7 +216,7 @@ def test_what_is_wrong_in_a_file_is_told_with_the_file(tmp_path, tokenizer):
         data.setup("fit")
     with pytest.raises(DataError, match=r"`text` must be a column of `.*rows.jsonl` \(text, label"):
         ClassificationData(path=file, text="review").connect(tokenizer).setup("predict")
-    with pytest.raises(DataError, match=r"rows for test, but .* add `data.path.test=<file>`"):
+    with pytest.raises(DataError, match=r"rows for test, but .*'\{train: <file>, test: <file>\}'"):
         ClassificationData(path=file).connect(tokenizer).setup("test")
 
 
@@ -283,6 +283,6 @@ def test_a_real_corpus_without_headers(tokenizer):
         text="sentence",
     ).connect(tokenizer)
     assert data.labels == ("0", "1")
-    assert [len(data.rows(split)) for split in ("validation", "test")] == [871, 1820]
-    assert len(data.rows("train")) + data.dropped == 6919
+    assert [len(data.rows(split)) for split in ("validation", "test")] == [872, 1821]
+    assert len(data.rows("train")) + data.dropped == 6920
     assert data.rows("test")[0]["sentence"] == "no movement , no yuks , not much of anything"

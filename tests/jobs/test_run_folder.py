@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.jobs import run_folder
+from lightning_peft.jobs import run_folder, saved
 from lightning_peft.jobs.run_folder import RunFolder, created, title
 
 SETTINGS: dict[str, Any] = {
@@ -99,3 +99,9 @@ def test_a_second_description_keeps_the_first() -> None:
         run.describe({**SETTINGS, "seed": seed})
     files = ["environment.1.json", "environment.2.json", "environment.json"]
     assert [json.loads(Path(f).read_text())["seed"] for f in files] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("override", ["run=runs/a", "+run=runs/a", "++run='runs/a'"])
+def test_a_run_is_recognised_however_it_is_written(override: str) -> None:
+    assert saved.requested(["seed=1", override]) == Path("runs/a")
+    assert saved.requested([override, "run=null"]) is None

@@ -63,6 +63,18 @@ def test_a_schedule_is_declared_at_the_start_and_holds_back_gradients(build: Bui
         assert without == (lower if epoch < 3 else set())
 
 
+def test_a_schedule_holds_back_a_compiled_layer(build: Build) -> None:
+    """`torch.compile(layer)` renames the parameters below it."""
+    example = build("bert")
+    layers = example.model.bert.encoder.layer
+    layers[0] = torch.compile(layers[0], backend="eager")
+    adapter = inject(example.model, Freeze(layers=1, schedule={3: 2}))
+    example.output().square().sum().backward()
+    adapter.hold_back(2)
+    assert all(parameter.grad is None for parameter in layers[0].parameters())
+    assert all(parameter.grad is not None for parameter in layers[1].parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
