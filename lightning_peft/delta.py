@@ -41,13 +41,25 @@ class Delta(nn.Module):
 
     active = True
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the host's inputs, changed."""
+    def before(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the inputs of `host`, changed."""
         return args, kwargs
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the host's `output`, changed; `args` and `kwargs` are what the host received."""
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return the `output` of `host`, changed; `args` and `kwargs` are what it received."""
         return output
+
+    def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
+        """Return the host's parameter `name` as its forward pass shall read it.
+
+        The way to a weight that is used without calling a module that owns it alone: fused experts,
+        `nn.MultiheadAttention`. The parameter itself stays what it is.
+        """
+        return weight
 
     def reset_parameters(self) -> None:
         """Initialise in place (a model built on the meta device calls this on each module)."""
@@ -82,6 +94,8 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
         raise AdapterError(f"A {type(module).__name__} already carries a delta `{name}`.")
     if type(delta).before is not Delta.before and _before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_before, with_kwargs=True)
+    if type(delta).reweigh is not Delta.reweigh and not isinstance(module, _Reweighed):
+        module.__class__ = subclass(cast(type, type(module)), _Reweighed)
     slot[name] = delta
 
 
@@ -101,6 +115,20 @@ def detach(module: nn.Module, name: str) -> None:
 def slot_of(module: nn.Module) -> nn.ModuleDict:
     """Return the deltas of a host module by name."""
     return cast(nn.ModuleDict, module._modules[SLOT])
+
+
+class _Reweighed:
+    """Mixin of a host whose parameters are read through its deltas."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        # Parameters are no attributes of a module: each look-up comes here.
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if name not in self.__dict__["_parameters"] or value is None:
+            return value
+        for delta in self.__dict__["_modules"][SLOT].values():
+            if delta.active:
+                value = delta.reweigh(self, name, value)
+        return value
 
 
 class HeldInEval:
@@ -153,13 +181,19 @@ def _without(marked: type, *mixins: type) -> type:
     return base if found == mixins else subclass(_without(base, *mixins), *found)
 
 
-def _rebuild(base: type, mixins: tuple[type, ...]) -> Any:
-    marked: Any = subclass(base, *mixins)
+def _rebuild(base: type, *layers: tuple[type, ...]) -> Any:
+    for mixins in layers:
+        base = subclass(base, *mixins)
+    marked: Any = base
     return marked.__new__(marked)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _rebuild, type(self)._made_of, self.__getstate__()
+    base, layers = type(self), []
+    while "_made_of" in vars(base):  # a host may have been marked more than once
+        base, mixins = base._made_of  # type: ignore[attr-defined]
+        layers.insert(0, mixins)
+    return _rebuild, (base, *layers), self.__getstate__()
 
 
 def _open(module: nn.Module) -> nn.ModuleDict:
@@ -177,6 +211,8 @@ def _open(module: nn.Module) -> nn.ModuleDict:
 
 def _close(module: nn.Module) -> None:
     del module._modules[SLOT]
+    if isinstance(module, _Reweighed):
+        module.__class__ = _without(type(module), _Reweighed)
     module.__class__ = _without(type(module))
     pre, post = module._forward_pre_hooks, module._forward_hooks
     for key in [key for key, hook in pre.items() if hook is _before]:
@@ -188,14 +224,14 @@ def _close(module: nn.Module) -> None:
 def _before(module: nn.Module, args: Any, kwargs: Any) -> Any:
     for delta in module._modules[SLOT].values():  # type: ignore[union-attr,operator]
         if delta.active:
-            args, kwargs = delta.before(args, kwargs)
+            args, kwargs = delta.before(module, args, kwargs)
     return args, kwargs
 
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     for delta in module._modules[SLOT].values():  # type: ignore[union-attr,operator]
         if delta.active:
-            output = delta(args, kwargs, output)
+            output = delta(module, args, kwargs, output)
     return output
 
 

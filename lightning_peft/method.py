@@ -24,6 +24,9 @@ class Method(ABC):
     keeps_original: ClassVar[bool] = True
     """Whether what is trained in place is kept in its first state, to be restored."""
 
+    starts_as_base: ClassVar[bool] = True
+    """Whether a fresh adapter leaves every output bitwise as it was."""
+
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return the deltas to attach by the dotted name of their host module."""
         return {}

@@ -31,20 +31,27 @@ class Add(Delta):
         self.after, self.shift = nn.Parameter(torch.tensor(after)), before
         self.register_buffer("calls", torch.zeros(()))
 
-    def before(self, args: Any, kwargs: Any) -> Any:
+    def before(self, host: Any, args: Any, kwargs: Any) -> Any:
         if args:
             return (args[0] + self.shift, *args[1:]), kwargs
         return args, {name: value + self.shift for name, value in kwargs.items()}
 
-    def forward(self, args: Any, kwargs: Any, output: Any) -> Any:
+    def forward(self, host: Any, args: Any, kwargs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (output[0] + self.after, *output[1:])
         return output + self.after
 
 
 class Double(Delta):
-    def forward(self, args: Any, kwargs: Any, output: Any) -> Any:
+    def forward(self, host: Any, args: Any, kwargs: Any, output: Any) -> Any:
         return 2 * output
+
+
+class Reverse(Delta):
+    """Reverses the order of the host's outputs, in its weight alone."""
+
+    def reweigh(self, host: Any, name: str, weight: Tensor) -> Tensor:
+        return weight.flip(0) if name == "weight" else weight
 
 
 class Identity(nn.Module):
@@ -207,3 +214,26 @@ def test_a_held_norm_stays_in_eval_until_it_is_released() -> None:
     release(*held)
     assert type(norm) is nn.BatchNorm1d
     assert norm.training
+
+
+def test_a_weight_is_read_through_its_deltas_and_stays_what_it_is() -> None:
+    torch.compiler.reset()
+    host, x = nn.Linear(3, 4), torch.randn(2, 3)
+    plain = copy.deepcopy(host)
+    attach(host, "add", Add(0.0))
+    attach(host, "reverse", Reverse())
+    wanted = plain.weight.flip(0)
+    assert torch.equal(host.weight, wanted)
+    assert torch.equal(dict(host.named_parameters())["weight"], plain.weight)
+    assert torch.equal(host.state_dict()["weight"], plain.weight)
+    for twin in (host, copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
+        torch.testing.assert_close(twin(x), x @ wanted.T + plain.bias)
+    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), x @ wanted.T + plain.bias)
+    slot_of(host)["reverse"].active = False
+    assert torch.equal(host.weight, plain.weight)
+    torch.testing.assert_close(compiled(x), plain(x))
+    detach(host, "add")
+    detach(host, "reverse")
+    assert type(host) is nn.Linear
+    assert torch.equal(host(x), plain(x))

@@ -117,7 +117,9 @@ class LowRank(Delta):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Return `output + scale · B A x`."""
         return add_low_rank(output, self._input(args, kwargs), self.lora_A, self.lora_B, self.scale)
 
@@ -161,7 +163,9 @@ class EmbeddingLowRank(LowRank):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Return `output + scale · B A[ids]`."""
         rows = F.embedding(self._input(args, kwargs), self.lora_A.T, self.padding_idx)
         change = F.linear(rows, self.lora_B) * (self.scale * self.output_scale)
@@ -197,7 +201,9 @@ class ConvolutionLowRank(LowRank):
         b = (host.out_channels, r // host.groups, *ones)
         return (r, host.in_channels, *host.kernel_size), b
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Return `output + scale · B * (A * x)`."""
         x, padding = self._input(args, kwargs), self.padding
         if self.padding_mode != "zeros":
