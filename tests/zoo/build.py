@@ -1,0 +1,79 @@
+"""One tiny model of any architecture, with inputs that it takes."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.exceptions import UNAVAILABLE
+from tests.zoo.inputs import inputs_for, padded
+from tests.zoo.shrink import LABELS, shrink
+
+CLASSIFIES = ("sequence classification", "token classification", "image classification")
+
+
+class Unavailable(Exception):
+    """The model cannot be built or run here: a package is missing, or it needs a GPU."""
+
+
+@dataclass
+class Cell:
+    """A tiny model in eval mode with random weights, and inputs that it takes by keyword."""
+
+    head: str
+    name: str
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    padded: dict[str, Tensor] | None
+
+    def loss(self) -> Tensor:
+        """Return the loss on the full batch."""
+        return self.model(**self.inputs).loss
+
+    def logits(self, inputs: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the logits without a graph; of question answering, start and end logits."""
+        with torch.no_grad(), quiet():
+            output = self.model(**(self.inputs if inputs is None else inputs))
+        if "logits" in output:
+            return output["logits"]
+        return torch.stack([output["start_logits"], output["end_logits"]], -1)
+
+
+def build(head: str, name: str) -> Cell:
+    """Return the tiny model of a class, the same in every call.
+
+    Raises:
+        Unavailable: the model cannot run here.
+    """
+    import transformers
+
+    if name in UNAVAILABLE:
+        raise Unavailable(UNAVAILABLE[name])
+    cls: Any = getattr(transformers, name)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        config = shrink(cls.config_class)
+        if head in CLASSIFIES:
+            config.num_labels = LABELS
+        model = cls(config).eval()
+    inputs = inputs_for(head, model)
+    pad = getattr(config.get_text_config(), "pad_token_id", None) or 0
+    return Cell(head, name, model, inputs, padded(inputs, pad))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what other packages warn about and log."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
