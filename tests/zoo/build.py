@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.exceptions import UNAVAILABLE
+from tests.zoo.exceptions import SETTINGS, UNAVAILABLE
 from tests.zoo.inputs import inputs_for, padded
 from tests.zoo.shrink import LABELS, shrink
 
@@ -32,8 +32,10 @@ class Cell:
     padded: dict[str, Tensor] | None
 
     def loss(self) -> Tensor:
-        """Return the loss on the full batch."""
-        return self.model(**self.inputs).loss
+        """Return the loss on the full batch; one made up where the model computes none."""
+        output = self.model(**self.inputs)
+        loss: Tensor | None = getattr(output, "loss", None)
+        return output[0].square().mean() if loss is None else loss
 
     def logits(self, inputs: dict[str, Tensor] | None = None) -> Tensor:
         """Return the logits without a graph; of question answering, start and end logits."""
@@ -57,9 +59,11 @@ def build(head: str, name: str) -> Cell:
     cls: Any = getattr(transformers, name)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        config = shrink(cls.config_class)
+        config = shrink(cls.config_class, **SETTINGS.get(name, {}))
         if head in CLASSIFIES:
             config.num_labels = LABELS
+        if head == "causal LM" and hasattr(config, "is_decoder"):
+            config.is_decoder = True
         model = cls(config).eval()
     inputs = inputs_for(head, model)
     pad = getattr(config.get_text_config(), "pad_token_id", None) or 0

@@ -1,31 +1,45 @@
 """Inputs for a model, told from what its `forward` takes."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.zoo.shrink import LABELS, VOCABULARY, WORDS_FROM
 
 ROWS, LENGTH, IMAGE, EOS = 3, 12, 32, 2
+NEED_PIXELS = ("GitForCausalLM",)
+"""Models of text that cannot do without an image."""
 
 
-def inputs_for(head: str, model: nn.Module) -> dict[str, Tensor]:
-    """Return a full batch with labels: `(ROWS, LENGTH)` ids, or `(ROWS, 3, IMAGE, IMAGE)`."""
+def inputs_for(head: str, model: Any) -> dict[str, Tensor]:
+    """Return a full batch with labels: `(ROWS, LENGTH)` ids, or `(ROWS, 3, side, side)` pixels."""
     generator = torch.Generator().manual_seed(0)
     taken = inspect.signature(model.forward).parameters
-    if head == "image classification":
-        inputs = _pixels(model, generator)
-        return inputs | {"labels": torch.randint(LABELS, (ROWS,), generator=generator)}
+    if head == "image classification" and "input_ids" not in taken:
+        inputs = _pixels(model.config, taken, generator)
+    else:
+        inputs = _words(taken, generator)
+        if type(model).__name__ in NEED_PIXELS:
+            inputs |= _pixels(model.config, taken, generator)
+    inputs |= _labels(head, inputs.get("input_ids"), generator)
+    return {name: tensor for name, tensor in inputs.items() if name in taken}
+
+
+def _words(taken: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
     ids = torch.randint(WORDS_FROM, VOCABULARY, (ROWS, LENGTH), generator=generator)
     ids[:, -1] = EOS
-    inputs = {"input_ids": ids}
-    if "attention_mask" in taken:
-        inputs["attention_mask"] = torch.ones_like(ids)
-    if "bbox" in taken:
-        inputs["bbox"] = torch.randint(0, 8, (ROWS, LENGTH, 4), generator=generator).sort(-1)[0]
-    return inputs | _labels(head, ids, generator)
+    first = torch.zeros_like(ids)
+    first[:, 0] = 1
+    boxes = torch.randint(0, 8, (ROWS, LENGTH, 4), generator=generator).sort(-1)[0]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "global_attention_mask": first,
+        "bbox": boxes,
+    }
 
 
 def padded(inputs: dict[str, Tensor], pad: int) -> dict[str, Tensor] | None:
@@ -43,8 +57,8 @@ def padded(inputs: dict[str, Tensor], pad: int) -> dict[str, Tensor] | None:
     return shorter
 
 
-def _labels(head: str, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    if head == "sequence classification":
+def _labels(head: str, ids: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    if head in ("sequence classification", "image classification"):
         return {"labels": torch.randint(LABELS, (ROWS,), generator=generator)}
     if head == "token classification":
         return {"labels": torch.randint(LABELS, ids.shape, generator=generator)}
@@ -56,5 +70,7 @@ def _labels(head: str, ids: Tensor, generator: torch.Generator) -> dict[str, Ten
     return {"labels": ids.clone()}
 
 
-def _pixels(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(ROWS, 3, IMAGE, IMAGE, generator=generator)}
+def _pixels(config: Any, taken: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    side = getattr(config, "image_size", IMAGE)
+    side = side if isinstance(side, int) else IMAGE
+    return {"pixel_values": torch.randn(ROWS, 3, side, side, generator=generator)}

@@ -31,8 +31,13 @@ _SKIPPED = {
 _COUNTS_LAYERS = r"n_layers?|num(_hidden)?_layers|depth"
 
 
-def _at_most(limit: int) -> Callable[[Any], Any]:
-    return lambda default: min(default, limit)
+def _at_most(limit: float) -> Callable[[Any], Any]:
+    def shrunk(default: Any) -> Any:
+        if isinstance(default, (list, tuple)):
+            return type(default)(min(entry, limit) for entry in default)
+        return min(default, limit)
+
+    return shrunk
 
 
 def _stages(first: int, double: bool = True) -> Callable[[Any], Any]:
@@ -40,7 +45,8 @@ def _stages(first: int, double: bool = True) -> Callable[[Any], Any]:
 
     def shrunk(default: Any) -> Any:
         if isinstance(default, (list, tuple)):
-            return type(default)(first * 2**i if double else first for i in range(len(default)))
+            growth = [2 ** min(i, 3) if double else 1 for i in range(len(default))]
+            return type(default)(first * factor for factor in growth)
         return first
 
     return shrunk
@@ -51,7 +57,7 @@ def _no_dropout(default: Any) -> Any:
 
 
 _RULES: list[tuple[str, Any]] = [
-    (r"(type_vocab_size|.*segment.*)", _at_most(2)),
+    (r"type_vocab_size", _at_most(2)),
     (r"(.*_)?vocab_size(_.*)?|unpadded_vocab_size|vocab_offset", VOCABULARY),
     (r".*(drop_?out|drop_path|pdrop|layerdrop|droppath).*(?<!type)", _no_dropout),
     (r"num_kv_shared_layers|.*jitter.*", 0),
@@ -73,19 +79,20 @@ _RULES: list[tuple[str, Any]] = [
     (r".*intermediate_size(s)?|.*ffn(_hidden)?(_dim|_size)|d_ff|d_inner|n_inner|mlp_dim|ff_dim",
      _stages(48, double=False)),
     (r"hidden_sizes|embed_dims|encoder_hidden_size|neck_hidden_sizes", _stages(16)),
-    (r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|projection_dim|"
-     r"(.*_)?hidden_dim|d_embed|attention_hidden_size|.*_hidden_size|hidden_size_per_layer_input|"
-     r"embedding_dim|output_proj_dims|lru_width|output_dim|embed_size", _stages(WIDTH)),
-    (r"n_positions|max_position_embeddings|max_seq_len|max_(source|target)_positions|"
-     r"max_2d_position_embeddings|max_text_len", _at_most(64)),
-    (r".*(sliding_window|attention_chunk_size|local_attention)(_size)?|.*block_size|"
-     r"(.*_)?window_size|.*chunk_size", _at_most(8)),
+    (r"(.*_)?hidden_size(_per_layer_input)?|(.*_)?hidden_dim|d_model|d_embed|embedding_size",
+     _stages(WIDTH)),
+    (r"n_embd|(emb_|embed_|embedding_|projection_|output_)?dim|output_proj_dims", _stages(WIDTH)),
+    (r"n_positions|max_(2d_)?position_embeddings|max_seq_len|max_(source|target)_positions",
+     _at_most(64)),
+    (r"(.*_)?(sliding_window|local_attention|block_size|window_size|chunk_size)", _at_most(8)),
+    (r"depth_multiplier", _at_most(0.25)),
     (r"image_size|img_size", _stages(32, double=False)),
     (r"patch_size", _at_most(8)),
     (r"num_labels", LABELS),
 ]  # fmt: skip
 _ORDER = [(re.compile(pattern), rule) for pattern, rule in _RULES]
 _OPEN = {
+    "vocab_size": VOCABULARY,
     "head_dim": HEAD_DIM,
     "num_key_value_heads": KV_HEADS,
     "n_routed_experts": 4,
@@ -96,15 +103,20 @@ _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_
 _ID = re.compile(r".*(_token_id|_token_index|_token_ids|_token_indices|_index_id)")
 
 
+_NONE = inspect.Parameter.empty
+
+
 def shrink(config_class: type, **settings: Any) -> Any:
     """Return a tiny configuration of this class; `settings` win over what the names say."""
     exceptional = SETTINGS.get(config_class.__name__, {}) | settings
-    required = {key: value for key, value in exceptional.items() if key not in _fields(config_class)
-                or _fields(config_class)[key] is inspect.Parameter.empty}  # fmt: skip
+    fields = _fields(config_class)
+    required = {n: v for n, v in exceptional.items() if fields.get(n, _NONE) is _NONE}
     default = config_class(**required)
     small = _per_layer(config_class, default)
     small |= {k: v for k, v in _by_name(config_class).items() if k not in small}
-    small |= _left_open(config_class, default) | _inner(default) | _ids(config_class)
+    inside = {name: exceptional.pop(name, {}) for name in _inner(default)}
+    small |= {n: shrink(type(i), **inside[n]) for n, i in _inner(default).items()}
+    small |= _left_open(config_class, default) | _ids(config_class)
     if "kv_lora_rank" in small:  # multi-head latent attention: keys are unpacked to every head
         small["num_key_value_heads"] = HEADS
     config = config_class(**(small | exceptional))
@@ -134,17 +146,17 @@ def _by_name(config_class: type) -> dict[str, Any]:
 def _left_open(config_class: type, default: Any) -> dict[str, int]:
     """Return counts that a published configuration always gives, and the class leaves empty."""
     fields = _fields(config_class)
-    return {n: v for n, v in _OPEN.items() if n in fields and getattr(default, n, 0) is None}
+    return {n: v for n, v in _OPEN.items() if n in fields and _get(default, n, 0) is None}
 
 
 def _per_layer(config_class: type, default: Any) -> dict[str, Any]:
     """Return the lists with one entry per layer, with an entry of each kind, and their length."""
     names = [n for n in _fields(config_class) if re.fullmatch(_COUNTS_LAYERS, n)]
-    count = getattr(default, names[0], None) if names else None
+    count = _get(default, names[0]) if names else None
     if not isinstance(count, int) or count <= LAYERS:
         return {}
     fields = _fields(config_class)
-    lists = {n: v for n in fields if isinstance(v := getattr(default, n, None), (list, tuple))}
+    lists = {n: v for n in fields if isinstance(v := _get(default, n), (list, tuple))}
     lists = {n: v for n, v in lists.items() if len(v) == count}
     if not lists:
         return {}
@@ -158,12 +170,17 @@ def _per_layer(config_class: type, default: Any) -> dict[str, Any]:
 
 
 def _inner(default: Any) -> dict[str, Any]:
-    found = {}
-    for name in getattr(default, "sub_configs", None) or {}:
-        inner = getattr(default, name, None)
-        if hasattr(inner, "to_dict"):
-            found[name] = shrink(type(inner))
-    return found
+    """Return the configurations inside by name."""
+    inner = {name: _get(default, name) for name in getattr(default, "sub_configs", None) or {}}
+    return {name: config for name, config in inner.items() if hasattr(config, "to_dict")}
+
+
+def _get(config: Any, name: str, missing: Any = None) -> Any:
+    """Return a setting; `missing` where there is none, or one that differs by layer."""
+    try:
+        return getattr(config, name, missing)
+    except RuntimeError:
+        return missing
 
 
 def _ids(config_class: type) -> dict[str, int | None]:
