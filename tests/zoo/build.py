@@ -15,6 +15,7 @@ from tests.zoo.inputs import inputs_for, padded
 from tests.zoo.shrink import LABELS, shrink
 
 CLASSIFIES = ("sequence classification", "token classification", "image classification")
+_OUTPUTS = ("logits", "question_answering_score")
 
 
 class Unavailable(Exception):
@@ -41,9 +42,9 @@ class Cell:
         """Return the logits without a graph; of question answering, start and end logits."""
         with torch.no_grad(), quiet():
             output = self.model(**(self.inputs if inputs is None else inputs))
-        if "logits" in output:
-            return output["logits"]
-        return torch.stack([output["start_logits"], output["end_logits"]], -1)
+        if "start_logits" in output:
+            return torch.stack([output["start_logits"], output["end_logits"]], -1)
+        return next((output[key] for key in _OUTPUTS if key in output), output[0])
 
 
 def build(head: str, name: str) -> Cell:

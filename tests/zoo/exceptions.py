@@ -5,7 +5,6 @@ from typing import Any
 _SWIN: dict[str, Any] = {"depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 _GEMMA4 = {"global_head_dim": 8, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
            "moe_intermediate_size": 48}  # fmt: skip
-_NO_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
@@ -21,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
     "CvtConfig": {"depth": [1, 2, 3]},
+    "DbrxConfig": {"attn_config": {"rope_theta": 10000.0}},
     "DonutSwinConfig": _SWIN,
     "Dots3NoteTextConfig": {
         "head_dim": 16,
@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
@@ -87,9 +87,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 4,
         "num_buckets": 2,
     },
-    "Swin2Config": _SWIN,
     "SwinConfig": _SWIN,
     "Swinv2Config": _SWIN,
+    "Siglip2VisionConfig": {"num_patches": 16},
     "TextNetConfig": {"stem_out_channels": 16},
     "VibeVoiceAsrConfig": {"acoustic_tokenizer_chunk_size": 1440000},
     "XmodConfig": {"default_language": "en_XX"},
@@ -98,13 +98,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
     },
     "ZayaConfig": {"num_experts_per_tok": 1},
-    "xLSTMConfig": {"hidden_size": 64, "qk_dim_factor": 1.0},
+    "xLSTMConfig": {"hidden_size": 64, "qk_dim_factor": 1.0, "mode": "train", "chunk_size": 4},
 }
 """By configuration class, settings that must fit together; a dictionary is for one inside."""
 
 UNAVAILABLE: dict[str, str] = {
     "DinatForImageClassification": "needs natten",
     "Gemma3nForConditionalGeneration": "its vision tower needs timm",
+    "Gemma4AssistantForCausalLM": "reads the hidden states and the keys of another model",
+    "Gemma4UnifiedAssistantForCausalLM": "reads the hidden states and the keys of another model",
     "LayoutLMv2ForQuestionAnswering": "needs detectron2",
     "LayoutLMv2ForSequenceClassification": "needs detectron2",
     "LayoutLMv2ForTokenClassification": "needs detectron2",

@@ -1,7 +1,7 @@
 """Inputs for a model, told from what its `forward` takes."""
 
 import inspect
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import torch
@@ -12,23 +12,32 @@ from tests.zoo.shrink import LABELS, VOCABULARY, WORDS_FROM
 ROWS, LENGTH, IMAGE, EOS = 3, 12, 32, 2
 NEED_PIXELS = ("GitForCausalLM",)
 """Models of text that cannot do without an image."""
+UNLABELLED = ("ShieldGemma2ForImageClassification",)
+"""Models whose labels are another head's."""
 
 
 def inputs_for(head: str, model: Any) -> dict[str, Tensor]:
     """Return a full batch with labels: `(ROWS, LENGTH)` ids, or `(ROWS, 3, side, side)` pixels."""
     generator = torch.Generator().manual_seed(0)
     taken = inspect.signature(model.forward).parameters
-    if head == "image classification" and "input_ids" not in taken:
-        inputs = _pixels(model.config, taken, generator)
-    else:
-        inputs = _words(taken, generator)
+    if "input_ids" in taken:
+        inputs = _words(generator)
         if type(model).__name__ in NEED_PIXELS:
-            inputs |= _pixels(model.config, taken, generator)
-    inputs |= _labels(head, inputs.get("input_ids"), generator)
+            inputs |= _pixels(model.config, generator)
+        if "visual_feats" in taken:
+            inputs |= _regions(model.config, generator)
+        if "encoder_inputs_embeds" in taken:
+            inputs |= _audio(model.config, generator)
+    elif "spatial_shapes" in taken:
+        inputs = _patches(model.config.vision_config, generator)
+    else:
+        inputs = _pixels(model.config, generator)
+    if type(model).__name__ not in UNLABELLED:
+        inputs |= _labels(head, model.config, inputs.get("input_ids"), generator)
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _words(taken: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+def _words(generator: torch.Generator) -> dict[str, Tensor]:
     ids = torch.randint(WORDS_FROM, VOCABULARY, (ROWS, LENGTH), generator=generator)
     ids[:, -1] = EOS
     first = torch.zeros_like(ids)
@@ -57,7 +66,9 @@ def padded(inputs: dict[str, Tensor], pad: int) -> dict[str, Tensor] | None:
     return shorter
 
 
-def _labels(head: str, ids: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _labels(head: str, config: Any, ids: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    if hasattr(config, "num_qa_labels"):  # visual question answering chooses among answers
+        return {"labels": torch.randint(config.num_qa_labels, (ROWS,), generator=generator)}
     if head in ("sequence classification", "image classification"):
         return {"labels": torch.randint(LABELS, (ROWS,), generator=generator)}
     if head == "token classification":
@@ -67,10 +78,33 @@ def _labels(head: str, ids: Any, generator: torch.Generator) -> dict[str, Tensor
         return {"start_positions": start, "end_positions": start + 2}
     if head == "seq2seq":
         return {"labels": torch.randint(WORDS_FROM, VOCABULARY, ids.shape, generator=generator)}
-    return {"labels": ids.clone()}
+    # Music has one label for each codebook.
+    return {"labels": ids.unsqueeze(-1) if hasattr(config, "num_codebooks") else ids.clone()}
 
 
-def _pixels(config: Any, taken: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _pixels(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
     side = getattr(config, "image_size", IMAGE)
     side = side if isinstance(side, int) else IMAGE
     return {"pixel_values": torch.randn(ROWS, 3, side, side, generator=generator)}
+
+
+def _patches(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return flattened patches in a square, `(ROWS, patches, channels · patch²)`."""
+    count, size = config.num_patches, config.num_channels * config.patch_size**2
+    shape = torch.full((ROWS, 2), math.isqrt(count))
+    return {
+        "pixel_values": torch.randn(ROWS, count, size, generator=generator),
+        "pixel_attention_mask": torch.ones(ROWS, count, dtype=torch.long),
+        "spatial_shapes": shape,
+    }
+
+
+def _regions(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    features = torch.randn(ROWS, 5, config.visual_feat_dim, generator=generator)
+    return {"visual_feats": features, "visual_pos": torch.rand(ROWS, 5, 4, generator=generator)}
+
+
+def _audio(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return embedded audio, as many frames as `LENGTH` tokens of text need."""
+    frames, width = LENGTH * config.downsample_factor, config.audio_config.hidden_size
+    return {"encoder_inputs_embeds": torch.randn(ROWS, frames, width, generator=generator)}
