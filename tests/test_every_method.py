@@ -1,7 +1,8 @@
 """What every method promises on every kind of model.
 
 The methods are the YAML files of `conf/method/`, found by glob: a new method is tested here as soon
-as its file is there.
+as its file is there. Each test runs for each method, on one kind of model that rotates from test to
+test and from method to method; the other kinds are marked slow (`make test-full`).
 """
 
 import contextlib
@@ -37,15 +38,35 @@ def test_methods_are_found() -> None:
     assert {"lora", "freeze", "full"} <= {path.stem for path in METHODS}
 
 
-@pytest.fixture(params=METHODS, ids=lambda path: path.stem)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "methods,kind", cells(metafunc.function.__name__), indirect=["methods"]
+        )
+    elif "methods" in metafunc.fixturenames:
+        metafunc.parametrize("methods", METHODS, indirect=True, ids=lambda path: path.stem)
+
+
+def cells(test: str) -> list[Any]:
+    """Return each method on each kind of model, all kinds but one of them marked slow."""
+    kinds = [k for k in KINDS if "compiled" not in test or k not in SLOW_TO_COMPILE]
+    turn = sum(test.encode())
+    return [
+        pytest.param(
+            path,
+            kind,
+            id=f"{path.stem}-{kind}",
+            marks=() if kind == kinds[(turn + i) % len(kinds)] else pytest.mark.slow,
+        )
+        for i, path in enumerate(METHODS)
+        for kind in KINDS
+    ]
+
+
+@pytest.fixture
 def methods(request: pytest.FixtureRequest) -> list[Method]:
     config = yaml.safe_load(request.param.read_text(encoding="utf-8"))["method"]
     return [instantiate(spec) for spec in config.values()]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture
@@ -348,10 +369,6 @@ def test_the_fast_path_of_torchs_encoder_does_not_pass_the_adapter_by(
         torch.testing.assert_close(example.logits(), base, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [k if k not in SLOW_TO_COMPILE else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
-)
 def test_compiled_gives_the_same_beside_a_compiled_sibling(
     example: Any, pristine: nn.Module, methods: list[Method]
 ) -> None:
