@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
     "CvtConfig": {"depth": [1, 2, 3]},
-    "DbrxConfig": {"attn_config": {"rope_theta": 10000.0}},
+    "DbrxConfig": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "DonutSwinConfig": _SWIN,
     "Dots3NoteTextConfig": {
         "head_dim": 16,
@@ -89,6 +89,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "SwinConfig": _SWIN,
     "Swinv2Config": _SWIN,
+    "ShieldGemma2Config": {"yes_token_index": 50, "no_token_index": 51},
     "Siglip2VisionConfig": {"num_patches": 16},
     "TextNetConfig": {"stem_out_channels": 16},
     "VibeVoiceAsrConfig": {"acoustic_tokenizer_chunk_size": 1440000},
@@ -98,7 +99,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
     },
     "ZayaConfig": {"num_experts_per_tok": 1},
-    "xLSTMConfig": {"hidden_size": 64, "qk_dim_factor": 1.0, "mode": "train", "chunk_size": 4},
+    "xLSTMConfig": {
+        "hidden_size": 64,
+        "qk_dim_factor": 1.0,
+        "mode": "train",
+        "chunk_size": 4,
+        "use_cache": False,
+    },
 }
 """By configuration class, settings that must fit together; a dictionary is for one inside."""
 

@@ -1,0 +1,201 @@
+"""The coverage table: every method on every architecture, with no configuration.
+
+    python -m tests.zoo.coverage [--methods lora ...] [--heads "causal LM" ...] [--names Llama ...]
+                                 [--resume results.json] [--workers 1] [--seconds 60]
+
+Models run in worker processes, each under a time limit, so that a crash or a hang costs one cell.
+Results are written as they come; a run with the same `--resume` goes on where the last one ended.
+"""
+
+import argparse
+import collections
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, cast
+
+from tests.zoo.heads import HEADS, cells
+
+ROOT = Path(__file__).parents[2]
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+RECYCLE = 60
+"""So many models run in one process, to bound its memory."""
+
+Cell = tuple[str, str]
+Results = dict[str, dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing in the results, then print the table."""
+    options = _parser().parse_args(arguments)
+    if options.worker:
+        _work()
+        return
+    path = Path(options.resume)
+    results: Results = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    wanted = [(h, n) for h, n in cells() if h in options.heads and _named(n, options.names)]
+    missing = [cell for cell in wanted if _methods_left(results, cell, options.methods)]
+    _run(missing, results, options, path)
+    print(table(results, wanted, options.methods))
+    print(report(results, wanted, options.methods))
+
+
+def table(results: Results, wanted: Sequence[Cell], methods: Sequence[str]) -> str:
+    """Return the Markdown table: how many architectures of each head every method trains."""
+    lines = [f"| head | architectures | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
+    for head in dict.fromkeys(h for h, _ in wanted):
+        rows = [results.get(_key((h, n)), {}) for h, n in wanted if h == head]
+        built = [row for row in rows if "unavailable" not in row]
+        counts = [str(sum(_status(row, m) == "ok" for row in built)) for m in methods]
+        lines.append(f"| {head} | {len(built)} | {' | '.join(counts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(results: Results, wanted: Sequence[Cell], methods: Sequence[str]) -> str:
+    """Return the refusals, failures and unavailable models, alike ones together."""
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for head, name in wanted:
+        row = results.get(_key((head, name)), {})
+        if "unavailable" in row:
+            groups[f"unavailable: {row['unavailable']}"].append(name)
+        for method in methods:
+            if _status(row, method) in ("refused", "failed"):
+                entry = row[method]
+                groups[f"{method} {entry['status']}: {entry['message']}"].append(name)
+    lines = [f"- {what}\n  ({len(names)}: {', '.join(names)})" for what, names in groups.items()]
+    return "\n".join(sorted(lines))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tests.zoo.coverage")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
+    parser.add_argument("--names", nargs="+", default=[], help="parts of class names")
+    parser.add_argument("--resume", default="coverage.json", help="the file of results")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=60, help="time limit of one model")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _named(name: str, parts: Sequence[str]) -> bool:
+    return not parts or any(part in name for part in parts)
+
+
+def _key(cell: Cell) -> str:
+    return "/".join(cell)
+
+
+def _status(row: dict[str, Any], method: str) -> str:
+    return str(row.get(method, {}).get("status", ""))
+
+
+def _methods_left(results: Results, cell: Cell, methods: Sequence[str]) -> list[str]:
+    row = results.get(_key(cell), {})
+    return [] if "unavailable" in row else [m for m in methods if m not in row]
+
+
+def _run(missing: list[Cell], results: Results, options: Any, path: Path) -> None:
+    lock, done = threading.Lock(), 0
+
+    def keep(cell: Cell, row: dict[str, Any]) -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            results.setdefault(_key(cell), {}).update(row)
+            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            print(f"{done}/{len(missing)} {_key(cell)}: {_summary(row)}", file=sys.stderr)
+
+    def run_chunk(chunk: list[Cell]) -> None:
+        tasks = [(cell, _methods_left(results, cell, options.methods)) for cell in chunk]
+        while tasks:
+            for cell, row in _worked(tasks, options.seconds):
+                keep(cell, row)
+                tasks.pop(0)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(
+            pool.map(run_chunk, [missing[i : i + RECYCLE] for i in range(0, len(missing), RECYCLE)])
+        )
+
+
+def _summary(row: dict[str, Any]) -> str:
+    if "unavailable" in row:
+        return f"unavailable, {row['unavailable']}"
+    return ", ".join(f"{method} {entry['status']}" for method, entry in row.items())
+
+
+def _worked(
+    tasks: Sequence[tuple[Cell, list[str]]], seconds: float
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Give each task's result; the last one given may be that of a process that had to end."""
+    command = [sys.executable, "-m", "tests.zoo.coverage", "--worker"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
+    sender, limit = cast(IO[str], process.stdin), seconds * 2
+    try:
+        for cell, methods in list(tasks):
+            sender.write(json.dumps([*cell, methods]) + "\n")
+            sender.flush()
+            try:
+                line = lines.get(timeout=limit * len(methods))
+            except queue.Empty:
+                yield cell, _lost(methods, f"no result within {seconds:g} s")
+                return
+            if not line:
+                yield cell, _lost(methods, f"the process ended with code {process.wait()}")
+                return
+            yield cell, json.loads(line)
+            limit = seconds  # the first one's time was for the imports too
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _pump(stream: Any, lines: "queue.Queue[str]") -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put("")
+
+
+def _lost(methods: Sequence[str], message: str) -> dict[str, Any]:
+    return {method: {"status": "failed", "message": message, "idle": []} for method in methods}
+
+
+def _work() -> None:
+    """Answer tasks from stdin, one a line, with one line of results each."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what models print must not mix with the results
+    import torch
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        head, name, methods = json.loads(line)
+        print(json.dumps(_cell(head, name, methods)), file=out, flush=True)
+
+
+def _cell(head: str, name: str, methods: Sequence[str]) -> dict[str, Any]:
+    from tests.zoo.build import Unavailable, build
+    from tests.zoo.trains import methods_of, trains
+
+    row: dict[str, Any] = {}
+    for method in methods:
+        try:
+            cell = build(head, name)
+        except Unavailable as error:
+            return {"unavailable": str(error)}
+        except Exception as error:
+            return _lost(methods, f"cannot be built: {type(error).__name__}: {error}")
+        row[method] = vars(trains(cell, methods_of(method)))
+    return row
+
+
+if __name__ == "__main__":
+    main()
