@@ -59,6 +59,21 @@ def is_uncalled(module: nn.Module) -> bool:
     return isinstance(module, _UNCALLED)
 
 
+def read_weights(module: nn.Module) -> list[str]:
+    """Return the names of the weights that are read as tensors instead of calling a layer.
+
+    Those of `nn.MultiheadAttention` and of its output projection, and those of fused experts, of
+    shape `(experts, ., .)`: a module that says it holds experts.
+    """
+    if is_uncalled(module):
+        return ["weight"]
+    named = [(n, p) for n, p in module._parameters.items() if p is not None and p.dim() > 1]
+    if isinstance(module, nn.MultiheadAttention):
+        return [name for name, _ in named if name.endswith("proj_weight")]
+    speaks = "expert" in type(module).__name__.lower()
+    return [name for name, weight in named if speaks and weight.dim() == 3]
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether the module is an attention block: it says so, and it owns projections."""
     named = "attention" in type(module).__name__.lower()
@@ -101,13 +116,13 @@ def speaks(module: nn.Module, vocabulary: int | None) -> bool:
 def projections(model: nn.Module) -> list[Named]:
     """Return what a low-rank method adapts by default.
 
-    The linear layers of the layer stack; without any its convolutions; without a stack all linear
-    and convolutional layers but the head's.
+    The linear layers of the layer stack, also those that are read as tensors; without any its
+    convolutions; without a stack all linear and convolutional layers but the head's.
     """
     stack, heads = layers(model), tuple(name for name, _ in head(model))
     within = [named for n, block in stack or [("", model)] for named in base_modules(block, n)]
     inside = [(n, m) for n, m in within if not under(n, heads)]
-    linear = [(n, m) for n, m in inside if stack and is_linear(m)]
+    linear = [(n, m) for n, m in inside if stack and (is_linear(m) or read_weights(m))]
     return linear or [(n, m) for n, m in inside if is_linear(m) or is_dense_convolution(m)]
 
 

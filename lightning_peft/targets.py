@@ -108,8 +108,7 @@ def all_linear(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in anatomy.base_modules(model)
-        if anatomy.is_linear(module)
-        and not anatomy.is_uncalled(module)
+        if (anatomy.is_linear(module) or anatomy.read_weights(module))
         and not anatomy.under(name, heads)
         and not anatomy.speaks(module, words)
     ]
