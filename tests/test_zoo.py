@@ -1,0 +1,106 @@
+"""Tiny models of every architecture, and a sample of them that every method must train.
+
+`python -m tests.zoo.coverage` runs all methods on all of them and prints the table.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft import LoRA
+from tests.zoo import HEADS, Cell, Unavailable, architectures, build, cells, methods_of, trains
+from tests.zoo.coverage import METHODS, report, table
+
+NOT_YET: tuple[str, ...] = ()
+"""Methods that the sample leaves out."""
+
+SAMPLE = (
+    ("sequence classification", "AlbertForSequenceClassification"),  # one layer's weights for all
+    ("sequence classification", "GPT2ForSequenceClassification"),  # Conv1D, fused projections
+    ("causal LM", "OPTForCausalLM"),  # flattens its hidden states
+    ("causal LM", "Qwen3MoeForCausalLM"),  # experts
+    ("causal LM", "MambaForCausalLM"),  # no attention
+    ("causal LM", "Gemma3ForConditionalGeneration"),  # a vision tower that text does not reach
+    ("seq2seq", "T5ForConditionalGeneration"),
+    ("token classification", "DebertaV2ForTokenClassification"),  # attention of its own
+    ("question answering", "BartForQuestionAnswering"),
+    ("image classification", "SwinForImageClassification"),  # stages, windows
+    ("image classification", "ConvNextForImageClassification"),  # convolutions
+    ("image classification", "CLIPForImageClassification"),  # one tower of two
+)
+
+COUNTS = {
+    "sequence classification": 95,
+    "causal LM": 125,
+    "seq2seq": 21,
+    "token classification": 78,
+    "question answering": 64,
+    "image classification": 23,
+}
+"""How many architectures of each head must build at least."""
+
+
+@pytest.fixture(params=SAMPLE, ids=lambda cell: cell[1])
+def cell(request: pytest.FixtureRequest) -> Cell:
+    return build(*request.param)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_YET])
+def test_a_method_trains_a_sample_of_architectures(cell: Cell, method: str) -> None:
+    outcome = trains(cell, methods_of(method))
+    assert outcome.status == "ok", outcome.message
+
+
+def test_a_model_is_the_same_in_every_build() -> None:
+    first, second = build(*SAMPLE[3]), build(*SAMPLE[3])
+    torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(first.logits(), second.logits())
+
+
+def test_a_method_that_trains_nothing_fails() -> None:
+    cell = build(*SAMPLE[0])
+    cell.model.unused = nn.Linear(2, 2)
+    outcome = trains(cell, [LoRA(targets="unused")])
+    assert outcome.status == "failed"
+    assert outcome.idle
+    assert "nothing but the head" in outcome.message
+
+
+def test_what_needs_a_missing_package_is_told() -> None:
+    with pytest.raises(Unavailable, match="detectron2"):
+        build("sequence classification", "LayoutLMv2ForSequenceClassification")
+
+
+def test_the_table_counts_what_trains_and_the_report_says_why_not() -> None:
+    wanted = [("seq2seq", name) for name in architectures("seq2seq")[:4]]
+    outcomes = [
+        {"lora": {"status": "ok", "message": "", "idle": []}},
+        {"lora": {"status": "refused", "message": "no tokens", "idle": []}},
+        {"lora": {"status": "failed", "message": "no gradient: x", "idle": []}},
+        {"unavailable": "needs natten"},
+    ]
+    results = {"/".join(cell): row for cell, row in zip(wanted, outcomes, strict=True)}
+    assert "| seq2seq | 3 | 1 |" in table(results, wanted, ["lora"])
+    told = report(results, wanted, ["lora"])
+    for words in ("lora refused: no tokens", "lora failed: no gradient: x", "needs natten"):
+        assert words in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_every_architecture_builds_and_runs_forward_and_backward(head: str) -> None:
+    built, broken = 0, {}
+    for cell in cells(head):
+        try:
+            one = build(*cell)
+            one.loss().backward()
+            assert one.logits().isfinite().all()
+            if one.padded is not None:
+                assert one.logits(one.padded).isfinite().all()
+            built += 1
+        except Unavailable:
+            continue
+        except Exception as error:
+            broken[cell[1]] = f"{type(error).__name__}: {error}"
+    assert not broken
+    assert built >= COUNTS[head]
