@@ -178,3 +178,77 @@ def test_keeps_no_more_for_backward_than_peft(name: str, dropout: float, build: 
     batch = example.inputs | (labels if name == "bert" else {"labels": example.inputs["input_ids"]})
     kept, theirs = (saved_bytes(m.train(), batch) for m in (example.model, reference))
     assert 0 < kept <= theirs
+
+
+def mixture(kind: str) -> nn.Module:
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 4, "head_dim": 8,
+        "pad_token_id": 0, "experts_implementation": "eager",
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+
+
+def expert_pairs(reference: nn.Module, adapter: Any) -> list[tuple[Any, Any, Any]]:
+    """Give peft's factors of each expert weight the values of ours, laid out in its way."""
+    wrappers = {
+        (name.split("layers.")[1].split(".")[0], module.parameter_name): module
+        for name, module in reference.named_modules()
+        if type(module).__name__ == "ParamWrapper"
+    }
+    pairs = []
+    for host, _, delta in adapter.deltas:
+        for name, part in delta.named_children():
+            wrapper = wrappers.pop((host.split("layers.")[1].split(".")[0], name))
+            a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+            with torch.no_grad():
+                a.copy_(part.lora_A.normal_(std=0.1).reshape(a.shape))
+                b.copy_(part.lora_B.normal_(std=0.1).permute(1, 2, 0).reshape(b.shape))
+            pairs.append((part, a, b))
+    assert not wrappers
+    return pairs
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_equal_pefts(kind: str) -> None:
+    model = mixture(kind)
+    names = [f"experts.{name}_proj" for name in ("gate_up", "down")]
+    settings = {"target_modules": [], "target_parameters": names, "r": 3, "lora_alpha": 5}
+    reference = reference_of(model, settings)
+    adapter = inject(model, LoRA(r=3, alpha=5, targets="experts"), head=False)
+    pairs = expert_pairs(reference, adapter)
+    assert len(pairs) == 4
+    ids = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+    output, expected = model(ids).logits, reference(ids).logits
+    torch.testing.assert_close(output, expected, rtol=1e-7, atol=1e-12)
+    for each in (output, expected):
+        each.square().mean().backward()
+    for part, a, b in pairs:
+        torch.testing.assert_close(part.lora_A.grad.reshape(a.shape), a.grad, rtol=1e-7, atol=1e-14)
+        gradient = part.lora_B.grad.permute(1, 2, 0).reshape(b.shape)
+        torch.testing.assert_close(gradient, b.grad, rtol=1e-7, atol=1e-14)
+
+
+def test_attention_of_torch_equals_pefts(build: Build) -> None:
+    # Of the input projection alone: peft 0.21 adds the output projection's change twice.
+    example = build("tagger")
+    model = example.model.double().train()
+    reference = reference_of(model, {"target_modules": ["self_attn"], "r": 4}).train()
+    adapter = inject(model, LoRA(r=4, targets="self_attn"), head=False)
+    named = their_parameters(reference)
+    pairs = [
+        (p, named[their_name(n.replace("in_proj_weight.", ""))])
+        for n, p in adapter.named_parameters().items()
+    ]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(ours.normal_(std=0.1))
+    output, expected = example.output(), example.output(reference)
+    torch.testing.assert_close(output, expected, rtol=1e-7, atol=1e-12)
+    for each in (output, expected):
+        each.square().mean().backward()
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-14)
