@@ -76,9 +76,21 @@ def read_weights(module: nn.Module) -> list[str]:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether the module is an attention block: it says so, and it owns projections."""
-    named = "attention" in type(module).__name__.lower()
+    if isinstance(module, nn.MultiheadAttention):
+        return True
     projects = any(is_linear(child) for _, child in base_modules(module))
-    return isinstance(module, nn.MultiheadAttention) or (named and projects)
+    return _named_attention(module) and projects and not _is_attentive_layer(module)
+
+
+def _named_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def _is_attentive_layer(module: nn.Module) -> bool:
+    """Whether this is a whole layer that is only named after the attention inside (Jamba)."""
+    inside = [m for m in module.children() if _named_attention(m)]
+    beside = [m for m in module.children() if not _named_attention(m)]
+    return 0 < _weight_count(inside) < _weight_count(beside)
 
 
 def attentions(model: nn.Module) -> list[Named]:
@@ -187,6 +199,8 @@ def _opened(blocks: list[Named]) -> list[list[Named]]:
     A layer of a transformer may own a stack of experts; a stage owns all its attention, or where
     there is none most of its weights, inside one stack of alike blocks.
     """
+    if all(isinstance(block, nn.ModuleList) for _, block in blocks):  # stages that nobody calls
+        blocks = [(f"{n}.{k}", m) for n, block in blocks for k, m in block.named_children()]
     inner = [stack for _, block in blocks for stack in _uniform_stacks(block)]
     outer, nested = [b for _, b in blocks], [block for stack in inner for block in stack]
     count = _attention_count if any(map(_has_attention, outer)) else _weight_count
