@@ -1,0 +1,137 @@
+"""VeRA: vector-based random matrix adaptation (Kopiczko 2024, https://arxiv.org/abs/2310.11454).
+
+    y = W x + b + Λ_b B Λ_d A x,    A ∈ R^(r × in),  B ∈ R^(out × r),  Λ diagonal
+
+A and B are random, frozen, and shared by all layers: each takes the first columns of the one A and
+the first rows of the one B that the largest layer needs. Only the two diagonals are trained, and of
+A and B only the seed is stored.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.delta import Delta
+from lightning_peft.errors import ConfigError
+from lightning_peft.method import Method
+from lightning_peft.ops.low_rank import add_low_rank
+from lightning_peft.targets import Patterns, Targets, as_targets
+from lightning_peft.weight_delta import (
+    CHANGEABLE,
+    DerivedDelta,
+    fresh,
+    has_matrix,
+    matrix_shape,
+    shared,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Method):
+    """Trained diagonals around random matrices that all layers share.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    kind: ClassVar[str] = "vera"
+
+    r: int = 256
+    """Rank of the change; a layer trains r + out numbers, so it can be high."""
+
+    d_initial: float = 0.1
+    """What the inner diagonal starts with; the paper recommends at most 0.1."""
+
+    dropout: float = 0.0
+    """Probability with which an input of A is zeroed during training."""
+
+    seed: int = 0
+    """Seed of A and B; all that is stored of them."""
+
+    targets: Targets | Patterns | None = None
+    """Which modules: None (the layers' linear projections), patterns, or "all-linear"."""
+
+    layers: Sequence[int] | None = None
+    """Indices of the layers to adapt (negative ones count from the top); None adapts all."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"`r` must be at least 1, but is {self.r} instead.")
+        if not self.d_initial:
+            raise ConfigError("`d_initial` must not be 0, or nothing would ever get a gradient.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"`dropout` must lie in [0, 1), but is {self.dropout} instead.")
+
+    def deltas(self, model: nn.Module) -> dict[str, Delta]:
+        """Return a delta for each target; all look at the same A and B."""
+        hosts = as_targets(self.targets, self.layers).find(model, has_matrix, CHANGEABLE)
+        outs, ins = zip(*(matrix_shape(host) for host in hosts.values()), strict=True)
+        return {n: ScaledProjections(h, self, max(outs), max(ins)) for n, h in hosts.items()}
+
+
+class ScaledProjections(DerivedDelta):
+    """The change of one host.
+
+    Shapes: `vera_lambda_d` `(r,)`, `vera_lambda_b` `(out,)`; the shared A, `down`, `(r, in)` and
+    B, `up`, `(out, r)` of the widest host.
+    """
+
+    constants = ("down", "up")
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, host: nn.Module, method: VeRA, widest_out: int, widest_in: int) -> None:
+        super().__init__(host, method.dropout)
+        self.seed, self.d_initial = method.seed, method.d_initial
+        self.width, self.widest = matrix_shape(host)[1], (method.r, widest_out, widest_in)
+        self.vera_lambda_d = fresh(host, method.r)
+        self.vera_lambda_b = fresh(host, matrix_shape(host)[0])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The outer diagonal is zero: the change starts at nothing."""
+        nn.init.constant_(self.vera_lambda_d, self.d_initial)
+        nn.init.zeros_(self.vera_lambda_b)
+        self.settle()
+
+    def derive(self, device: torch.device) -> Mapping[str, Tensor]:
+        """Return A and B."""
+        key = (self.seed, *self.widest, self.vera_lambda_d.dtype)
+        a, b = (shared(make, *key, device=device) for make in (_projection_in, _projection_out))
+        return {"down": a, "up": b}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return `Λ_d A`, `(r, in)`, and `Λ_b B`, `(out, r)`."""
+        d, b = self.vera_lambda_d, self.vera_lambda_b
+        return d[:, None] * self.down[:, : self.width], b[:, None] * self.up[: len(b)]
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return `Λ_b B Λ_d A`, `(out, in)`."""
+        a, b = self.factors()
+        return b @ a
+
+    def add(self, weight: Tensor, x: Tensor, output: Tensor) -> Tensor:
+        """Return `output + Λ_b B Λ_d A x`."""
+        return add_low_rank(output, x, *self.factors(), 1.0)
+
+
+def _projection_in(seed: int, r: int, out: int, into: int, dtype: torch.dtype) -> Tensor:
+    return _draw(seed, r, out, into)[0].to(dtype)
+
+
+def _projection_out(seed: int, r: int, out: int, into: int, dtype: torch.dtype) -> Tensor:
+    return _draw(seed, r, out, into)[1].to(dtype)
+
+
+def _draw(seed: int, r: int, out: int, into: int) -> tuple[Tensor, Tensor]:
+    # Both from one generator, A first, in float32: peft's numbers for the same seed.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    a, b = (torch.empty(shape, device="cpu") for shape in ((r, into), (out, r)))
+    for matrix in (a, b):
+        bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(matrix.shape[1]))
+        matrix.uniform_(-bound, bound, generator=generator)
+    return a, b
