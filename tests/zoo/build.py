@@ -65,10 +65,33 @@ def build(head: str, name: str) -> Cell:
             config.num_labels = LABELS
         if head == "causal LM" and hasattr(config, "is_decoder"):
             config.is_decoder = True
-        model = cls(config).eval()
-    inputs = inputs_for(head, model)
+        model = cls(config)
+        inputs = inputs_for(head, model)
+        _fill(model)
+        _calibrate(model, inputs)
     pad = getattr(config.get_text_config(), "pad_token_id", None) or 0
-    return Cell(head, name, model, inputs, padded(inputs, pad))
+    return Cell(head, name, model.eval(), inputs, padded(inputs, pad))
+
+
+def _fill(model: nn.Module) -> None:
+    """Give matrices that start at zero the values of trained ones, for gradients to pass."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+
+
+def _calibrate(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Fit the statistics of batch norms: with those of no data, deep models pass no gradient."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        with torch.no_grad():
+            model.train()(**inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 @contextlib.contextmanager

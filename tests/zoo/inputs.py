@@ -12,6 +12,8 @@ from tests.zoo.shrink import LABELS, VOCABULARY, WORDS_FROM
 ROWS, LENGTH, IMAGE, EOS = 3, 12, 32, 2
 NEED_PIXELS = ("GitForCausalLM",)
 """Models of text that cannot do without an image."""
+BY_CODEBOOK = ("musicgen_decoder", "musicgen_melody_decoder")
+"""Kinds of models with one label for each codebook of music."""
 UNLABELLED = ("ShieldGemma2ForImageClassification",)
 """Models whose labels are another head's."""
 
@@ -78,8 +80,7 @@ def _labels(head: str, config: Any, ids: Any, generator: torch.Generator) -> dic
         return {"start_positions": start, "end_positions": start + 2}
     if head == "seq2seq":
         return {"labels": torch.randint(WORDS_FROM, VOCABULARY, ids.shape, generator=generator)}
-    # Music has one label for each codebook.
-    return {"labels": ids.unsqueeze(-1) if hasattr(config, "num_codebooks") else ids.clone()}
+    return {"labels": ids.unsqueeze(-1) if config.model_type in BY_CODEBOOK else ids.clone()}
 
 
 def _pixels(config: Any, generator: torch.Generator) -> dict[str, Tensor]:

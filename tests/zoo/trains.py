@@ -1,8 +1,9 @@
 """Whether methods train a model: what every pair of method and architecture is asked."""
 
+import copy
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,13 @@ def trains(cell: Cell, methods: Sequence[Method]) -> Outcome:
 
 
 def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
-    reached = _reached(cell)
+    unreached = _unreached(cell)
     before, logits = _bits(cell.model), cell.logits()
     heads = set(head_parameters(cell.model))
     adapter = inject(cell.model, methods)
     moved = _step(cell, adapter)
     still = {name for name in adapter.named_parameters() if name not in moved | heads}
-    idle = tuple(sorted(n for n in still if _host(n) not in reached))
+    idle = tuple(sorted(n for n in still if _host(n) in unreached))
     wrong = [f"no gradient: {_some(still - set(idle))}"] if still - set(idle) else []
     if not moved - heads:
         wrong.append("nothing but the head was trained")
@@ -83,13 +84,18 @@ def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
     return Outcome("failed" if wrong else "ok", "; ".join(wrong), idle)
 
 
-def _reached(cell: Cell) -> set[str]:
-    """Return the modules that own a parameter which the loss depends on."""
-    cell.model.zero_grad()
-    cell.loss().backward()
-    names = {n.rpartition(".")[0] for n, p in cell.model.named_parameters() if p.grad is not None}
-    cell.model.zero_grad()
-    return names
+def _unreached(cell: Cell) -> set[str]:
+    """Return the modules whose matrices have no gradient even when all of the base is trained."""
+    twin = replace(cell, model=copy.deepcopy(cell.model).train())  # some have no loss in eval mode
+    twin.loss().backward()
+    owned, reached = set(), set()
+    for name, parameter in twin.model.named_parameters(remove_duplicate=False):
+        if parameter.dim() > 1:
+            parts = name.split(".")[:-1]
+            above = {".".join(parts[:i]) for i in range(len(parts) + 1)}
+            owned |= above
+            reached |= above if parameter.grad is not None and bool(parameter.grad.any()) else set()
+    return owned - reached
 
 
 def _step(cell: Cell, adapter: Adapter) -> set[str]:
