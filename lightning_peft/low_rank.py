@@ -208,8 +208,7 @@ class LowRank(Product):
         self, site: Site, like: Tensor, r: int, scale: float, dropout: float = 0.0
     ) -> None:
         super().__init__(site, scale, dropout)
-        a, b = (fresh(like, shape) for shape in site.shapes(r))
-        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
+        self.lora_A, self.lora_B = fresh_factors(site, like, r)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -311,11 +310,28 @@ def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a product can change the module and its weights are matrices of plain numbers."""
+    weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+    plain = all(weight.is_floating_point() for weight in weights) and bool(weights)
+    return can_adapt(module) and plain and getattr(module, "groups", 1) == 1
+
+
+def fresh_factors(site: Site, like: Tensor, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return empty A and B of rank r, to be trained."""
+    a, b = (nn.Parameter(fresh(like, shape)) for shape in site.shapes(r))
+    return a, b
+
+
 def find_hosts(
-    model: nn.Module, targets: Targets | Patterns | None, layers: Sequence[int] | None
+    model: nn.Module,
+    targets: Targets | Patterns | None,
+    layers: Sequence[int] | None,
+    fits: Callable[[nn.Module], bool] = can_adapt,
 ) -> dict[str, nn.Module]:
     """Return the modules that a method of the family changes, by name."""
-    return as_targets(targets, layers).find(model, can_adapt, ADAPTABLE)
+    what = ADAPTABLE if fits is can_adapt else f"{ADAPTABLE}, neither quantised nor in groups"
+    return as_targets(targets, layers).find(model, fits, what)
 
 
 def check_rank(r: int, dropout: float = 0.0) -> None:
