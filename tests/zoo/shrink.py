@@ -87,6 +87,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(sliding_window|local_attention|attention_window|(block|window|chunk)_size)",
      _at_most(8)),
     (r"num_filters", _at_most(4)),
+    (r"initializer_range", 0.1),  # what suits the width: with less, deep models pass no gradient
     (r"depth_multiplier", _at_most(0.25)),
     (r"image_size|img_size", _stages(32, double=False)),
     (r"patch_size", _at_most(8)),

@@ -20,7 +20,7 @@ from lightning_peft.method import Method
 from tests.zoo.build import Cell, quiet
 
 CONFIGURATIONS = Path(__file__).parents[2] / "conf" / "method"
-STEPS, RATE = 2, 1e-2
+STEPS, RATE = 2, 1e-3
 
 
 @dataclass(frozen=True)
