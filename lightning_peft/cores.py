@@ -1,0 +1,192 @@
+"""Where virtual tokens enter a model: its core, told by what its modules take and hold."""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_peft import anatomy
+from lightning_peft.delta import Delta
+from lightning_peft.errors import TargetError
+from lightning_peft.virtual_tokens import (
+    CACHES,
+    Attended,
+    Enter,
+    Layout,
+    Leave,
+    Placeless,
+    Virtual,
+)
+
+_POSITIONS = re.compile(
+    r"(abs(olute)?_)?(wpe|embed_positions|pos(ition(al)?)?s?_emb(ed(ding)?s?)?(_table)?)"
+)
+"""What models call their table of learned absolute positions."""
+
+
+class Candidate(NamedTuple):
+    """A module that may be the core, by its dotted name, with the names of its arguments."""
+
+    name: str
+    module: nn.Module
+    arguments: tuple[str, ...]
+
+
+def virtual_deltas(
+    model: nn.Module,
+    make: Callable[[nn.Module], Virtual],
+    layout: Layout,
+    arrange: Callable[[Sequence[int]], Sequence[int]] = list,
+) -> dict[str, Delta]:
+    """Return the deltas that let virtual tokens enter and leave, by the names of their hosts.
+
+    Args:
+        model: where to look for the core.
+        make: makes the tokens for their host: the word embedding, or an image's embeddings.
+        layout: "clean", or "peft" to place them as peft does.
+        arrange: puts the ids of the tokens in order, real ones among them.
+
+    Raises:
+        TargetError: nothing in the model takes a text, or an image as a sequence of patches.
+    """
+    cores = _innermost(_candidates(model, "input_ids"))
+    if not cores:
+        return _image_deltas(model, make)
+    core, decoder = _split(model, cores)
+    table = _table(core)
+    virtual = make(core.module.get_submodule(table))
+    ahead = 0 if decoder or is_causal(core) or layout == "peft" else 1
+    first = layout == "peft" and not decoder and not is_causal(core)
+    ids, room = tuple(arrange(virtual.ids)), _room(core.module)
+    enter = Enter(core.arguments, table, ids, ahead, decoder is None, first, room)
+    found: dict[str, Delta] = {core.name: enter, _join(core.name, table): virtual}
+    found |= {_join(core.name, name): Placeless() for name in _further_tables(core, table)}
+    return found | ({decoder.name: Attended(decoder.arguments, len(ids))} if decoder else {})
+
+
+def is_causal(core: Candidate) -> bool:
+    """Whether a token sees only those before it; what neither says so nor caches sees all."""
+    if getattr(getattr(core.module, "config", None), "is_decoder", False) is True:
+        return True
+    said = [m.is_causal for m in core.module.modules() if hasattr(m, "is_causal")]
+    return any(said) if said else bool({*CACHES} & {*core.arguments}) and _may_decode(core.module)
+
+
+def _may_decode(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "is_decoder", True) is not False
+
+
+def _candidates(model: nn.Module, argument: str) -> list[Candidate]:
+    """Return the modules that take `argument` and hold layers of a stack, outermost first."""
+    blocks, found = tuple(name for name, _ in anatomy.layers(model)), []
+    for name, module in anatomy.base_modules(model):
+        names = _arguments(module)
+        holds = any(block.startswith(f"{name}." if name else "") for block in blocks)
+        if argument in names and holds and not anatomy.under(name, blocks):
+            found.append(Candidate(name, module, names))
+    return found
+
+
+def _innermost(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return [c for c in candidates if not any(_inside(other, c) for other in candidates)]
+
+
+def _inside(inner: Candidate, outer: Candidate) -> bool:
+    return inner.name != outer.name and anatomy.under(
+        inner.name, (outer.name,) if outer.name else (inner.name,)
+    )
+
+
+def _split(model: nn.Module, cores: list[Candidate]) -> tuple[Candidate, Candidate | None]:
+    """Return the core, and the decoder that attends to what it gives."""
+    first, *others = cores
+    if len(others) == 1 and "encoder_hidden_states" in others[0].arguments:
+        return first, others[0]
+    around = [c for c in _candidates(model, "input_ids") if all(_inside(i, c) for i in cores)]
+    return (around[-1] if others and around else first), None
+
+
+def _table(core: Candidate) -> str:
+    """Return the name of the core's word embedding, within the core."""
+    names = {id(module): name for name, module in anatomy.base_modules(core.module)}
+    try:
+        given: Any = core.module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        given = None
+    if id(given) in names:
+        return names[id(given)]
+    tables = anatomy.embeddings(core.module)
+    width = getattr(getattr(core.module, "config", None), "hidden_size", None)
+    for name, table in tables[:1]:
+        if width in (None, table.embedding_dim):
+            return name
+    raise TargetError(
+        f"{type(core.module).__name__} has no word embedding, one table with a vector for each "
+        "id: nothing can stand among its words."
+    )
+
+
+def _further_tables(core: Candidate, table: str) -> list[str]:
+    """Return the other tables that are as large as the vocabulary: they are given ids too."""
+    words = getattr(core.module.get_submodule(table), "num_embeddings", None)
+    others = [(n, t) for n, t in anatomy.embeddings(core.module) if n != table]
+    return [
+        n
+        for n, t in others
+        if words and t.num_embeddings >= words and not _POSITIONS.fullmatch(n.rpartition(".")[2])
+    ]
+
+
+def _room(core: nn.Module) -> int | None:
+    """Return how many positions a table of learned ones has for a text."""
+    for name, table in anatomy.embeddings(core):
+        if _POSITIONS.fullmatch(name.rpartition(".")[2]) and table.weight.requires_grad:
+            return table.num_embeddings - _offset(table)
+    return None
+
+
+def _offset(table: nn.Embedding) -> int:
+    offset = getattr(table, "offset", None)
+    if isinstance(offset, int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def _image_deltas(model: nn.Module, make: Callable[[nn.Module], Virtual]) -> dict[str, Delta]:
+    for core in _innermost(_candidates(model, "pixel_values")):
+        _require_sequence(core, model)
+        for name, child in core.module.named_children():
+            if "pixel_values" in _arguments(child):
+                virtual = make(child)
+                return {_join(core.name, name): virtual, core.name: Leave(virtual.tokens)}
+    raise TargetError(
+        f"{type(model).__name__} takes neither `input_ids` nor an image as a sequence of patches "
+        "with attention over all of them: virtual tokens have nothing to stand among."
+    )
+
+
+def _require_sequence(core: Candidate, model: nn.Module) -> None:
+    blocks = [
+        m for n, m in anatomy.layers(model) if anatomy.under(n, (core.name,) if core.name else (n,))
+    ]
+    shapes = {tuple(tuple(p.shape) for p in block.parameters()) for block in blocks}
+    if len(shapes) > 1 or not anatomy.attentions(blocks[0]):
+        raise TargetError(
+            f"{type(model).__name__} keeps its patches on a grid, which its stages convolve, "
+            "merge or cut into windows: virtual tokens have no place there."
+        )
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(p.name for p in parameters if p.kind in plain)[1:]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

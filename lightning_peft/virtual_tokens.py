@@ -1,0 +1,365 @@
+"""Virtual tokens: trained vectors that enter a model's core as if they were words, and leave again.
+
+The core is the innermost module that takes `input_ids` and runs the whole layer stack. Before it
+runs, n placeholders (negative ids) are put among the ids of each row, after its left padding; masks
+and the like grow with them, positions behind them move on by n. The word embedding gives the
+placeholders their trained vectors. Behind the core the outputs are cut back, so that every head
+sees the length that it was given. While a cache holds earlier tokens nothing enters: the mask is
+widened by the n tokens that are in the cache, and positions move on.
+
+What happened in a call is noted on the call's own tensors, never on a module, so threads, gradient
+checkpointing and compilation need nothing special.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.delta import Delta
+from lightning_peft.errors import AdapterError
+from lightning_peft.ops.places import Place, behind_padding
+
+Layout = Literal["clean", "peft"]
+
+CACHES = ("past_key_values", "cache_params", "state", "cache", "mems", "past_buckets_states")
+"""The names under which cores of transformers take what earlier calls left."""
+
+POSITIONS = ("position_ids", "cache_position")
+"""The names of arguments that say where in the text a token stands."""
+
+_TEXT = ("input_ids", "inputs_embeds")
+_UNCUT = (*CACHES, "pooler_output")
+_ELSEWHERE = ("encoder_", "decoder_", "cross_", "image_", "vision_", "visual_embeds", "pixel_")
+"""Prefixes of arguments that belong to another sequence than the text."""
+
+_PLACE, _IDS = "_virtual_place", "_virtual_ids"
+"""Under these names a call's own tensors carry where tokens entered, and the ids with them."""
+
+
+class Virtual(Delta):
+    """On the word embedding: gives the placeholders among the ids their trained vectors.
+
+    On the embeddings of an image, which has no ids, it puts the vectors behind the patches.
+
+    Args:
+        tokens: how many virtual tokens there are.
+        image: whether the host gives the patches of an image.
+    """
+
+    def __init__(self, tokens: int, image: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.image = tokens, image
+        # Several adapters may put tokens into one text: each needs ids of its own. They fit 32 bits
+        # and are negative, so no comparison with a real id, nor a search for the largest, hits one.
+        self.first = -random.SystemRandom().randrange(1, 2**30)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids that stand for the virtual tokens, in order."""
+        return [self.first - i for i in range(self.tokens)]
+
+    def vectors(self) -> Tensor:
+        """Return what the word embedding would give for the virtual tokens, `(tokens, d_model)`."""
+        raise NotImplementedError
+
+    def before(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Replace the placeholders by an id that the table has."""
+        if self.image:
+            return args, kwargs
+        (name, ids), *rest = kwargs.items() if not args else [("", args[0])]
+        if ids.dim() == 0 or ids.shape[-1] < self.tokens:  # they enter all or none
+            return args, kwargs
+        known = torch.where(self._are_mine(ids), 0, ids)
+        setattr(known, _IDS, (*getattr(ids, _IDS, ()), (self, ids)))
+        return (known, *args[1:]), dict(rest) if name else kwargs
+
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Put the vectors where the placeholders were, `(batch, tokens, d_model)`."""
+        if self.image:
+            return self._appended(output)
+        for delta, ids in getattr(args[0], _IDS, ()) if args else ():
+            if delta is self:
+                return self._replaced(ids, output)
+        return output
+
+    def _replaced(self, ids: Tensor, output: Any) -> Any:
+        if isinstance(output, tuple):  # a quantised table gives a scale beside the vectors
+            return (self._replaced(ids, output[0]), *output[1:])
+        which = (self.first - ids).clamp(0, self.tokens - 1)
+        vectors = F.embedding(which, self.vectors().to(output.dtype))
+        return torch.where(self._are_mine(ids).unsqueeze(-1), vectors, output)
+
+    def _appended(self, output: Any) -> Any:
+        if isinstance(output, tuple):  # some give the size of the grid beside the patches
+            return (self._appended(output[0]), *output[1:])
+        return torch.cat([output, self.vectors().to(output.dtype).expand(len(output), -1, -1)], 1)
+
+    def _are_mine(self, ids: Tensor) -> Tensor:
+        return (ids <= self.first) & (ids > self.first - self.tokens)
+
+
+class Enter(Delta):
+    """On the core: lets the tokens enter before it and leave behind it; it trains nothing itself.
+
+    Args:
+        names: the names of the core's arguments, in order.
+        table: the name of the word embedding in the core.
+        ids: what enters: ids that stand for virtual tokens, real ones among them.
+        skip: how many real tokens stay ahead of them: 1 in encoders, whose heads read the first.
+        leave: whether they leave at the core's output; a decoder attends to them otherwise.
+        first: whether what was computed for the first of them stands for the first real token.
+        room: how many positions the core's table has, if it has one.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        table: str,
+        ids: Sequence[int],
+        skip: int = 0,
+        leave: bool = True,
+        first: bool = False,
+        room: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.table, self.ids = tuple(names), table, tuple(ids)
+        self.skip, self.leave, self.first, self.room = skip, leave, first, room
+
+    def before(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Put the tokens into the text, or make room for those that the cache holds."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        key = _text(given)
+        if key is None:
+            return args, kwargs
+        mask = given.get("attention_mask")
+        place = Place(_start(mask, self.skip), len(self.ids))
+        past, capacity = _past(given)
+        if past:
+            self._check_continued(given, key, past)
+            changes = {k: v + place.size for k, v in _positions(given)}
+        else:
+            self._check_room(given[key].shape[1], capacity)
+            changes = self._entered(host, given, key, place)
+        if mask is not None:
+            changes["attention_mask"] = _widened(mask, place, not past, capacity)
+        return args[len(self.names) :], given | changes
+
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return the output without what belongs to the tokens."""
+        key = _text(kwargs)
+        if key is None or not self.leave:
+            return output
+        rows, length = kwargs[key].shape[:2]
+        for delta, place in getattr(kwargs[key], _PLACE, ()):
+            if delta is self:
+                return _left(output, _Leaving(place, rows, length, self.first))
+            length -= place.size  # it has left already
+        return output
+
+    def _entered(
+        self, host: nn.Module, given: dict[str, Any], key: str, place: Place
+    ) -> dict[str, Any]:
+        x: Tensor = given[key]
+        length = x.shape[1] + place.size
+        ids = torch.tensor(self.ids, device=x.device)
+        if key == "input_ids":
+            longer = place.open(x.long(), place.spread(ids, length))
+        else:
+            rows = host.get_submodule(self.table)(ids)
+            rows = (rows[0] if isinstance(rows, tuple) else rows).to(x.dtype)
+            longer = place.open(x, place.spread(rows, length))
+        setattr(longer, _PLACE, (*getattr(x, _PLACE, ()), (self, place)))
+        changes = {k: place.open(v, _filling(v, place)) for k, v in _alike(given, x)}
+        return changes | {k: place.open_positions(v) for k, v in _positions(given)} | {key: longer}
+
+    def _check_room(self, length: int, capacity: int) -> None:
+        n = len(self.ids)
+        if self.room is not None and length + n > self.room:
+            raise AdapterError(
+                f"The text has {length} tokens, with {n} virtual ones {length + n}, but the "
+                f"model has {self.room} learned positions: cut the text at {self.room - n} tokens."
+            )
+        if 0 < capacity < length + n:
+            raise AdapterError(
+                f"The static cache holds {capacity} tokens, but the text has {length} and {n} "
+                f"virtual ones come with it: build the cache with `max_cache_len` {n} larger, or "
+                "use a dynamic one."
+            )
+
+    def _check_continued(self, given: dict[str, Any], key: str, past: Any) -> None:
+        mask, n = given.get("attention_mask"), len(self.ids)
+        if not isinstance(past, int) or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        if mask.shape[1] > past - n + given[key].shape[1]:
+            raise AdapterError(
+                f"The mask covers {mask.shape[1]} tokens, but the cache holds {past - n} of the "
+                f"text (and {n} virtual ones) and {given[key].shape[1]} are new: to go on from a "
+                "cache, pass the new tokens only, with the mask of the whole text."
+            )
+
+
+class Leave(Delta):
+    """On the core of an image model: cuts off the tokens, which stand behind the patches."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return the output without what belongs to the tokens."""
+        rows, length = output[0].shape[:2]
+        place = Place(length - self.tokens, self.tokens)
+        return _left(output, _Leaving(place, rows, length, False))
+
+
+class Attended(Delta):
+    """On a decoder: widens the mask over the encoder's states by the tokens among them."""
+
+    def __init__(self, names: Sequence[str], tokens: int) -> None:
+        super().__init__()
+        self.names, self.tokens = tuple(names), tokens
+
+    def before(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Widen `encoder_attention_mask` where the encoder's states are longer than it."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if states is None or mask is None or mask.dim() != 2:
+            return args, kwargs
+        if states.shape[1] < mask.shape[1] + self.tokens:
+            return args, kwargs
+        place = Place(_start(mask, 0), self.tokens)
+        wider = {"encoder_attention_mask": place.open_mask(mask, entering=False)}
+        return args[len(self.names) :], given | wider
+
+
+class Placeless(Delta):
+    """On a further table of ids: the placeholders count as id 0 there."""
+
+    def before(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Replace negative ids."""
+        if args:
+            return (args[0].clamp(min=0), *args[1:]), kwargs
+        return args, {k: v.clamp(min=0) if i == 0 else v for i, (k, v) in enumerate(kwargs.items())}
+
+
+def _text(given: Mapping[str, Any]) -> str | None:
+    return next((name for name in _TEXT if given.get(name) is not None), None)
+
+
+def _positions(given: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, given[name]) for name in POSITIONS if given.get(name) is not None]
+
+
+def _start(mask: Any, skip: int) -> Tensor | int:
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise AdapterError(
+            f"`attention_mask` must be a tensor, but is {type(mask).__name__} instead: pass the "
+            "two-dimensional mask."
+        )
+    return behind_padding(mask, skip)
+
+
+def _past(given: Mapping[str, Any]) -> tuple[Any, int]:
+    """Return the number of tokens that a cache holds (or whether there are any), and its size."""
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if cache is None:
+        return 0, -1
+    if not hasattr(cache, "get_seq_length"):  # the states of a recurrent model
+        return bool(cache), -1
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # all layers are recurrent and count no tokens
+        return cache.has_previous_state(), -1
+    static = getattr(cache, "is_compileable", False)
+    return length, cache.get_max_length() if static else -1
+
+
+def _alike(given: Mapping[str, Any], x: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the arguments that have one entry for each token of the text `x`."""
+    others = {
+        k: v
+        for k, v in given.items()
+        if isinstance(v, Tensor) and k not in (*_TEXT, *POSITIONS, "attention_mask")
+    }
+    return [
+        (name, value)
+        for name, value in others.items()
+        if value.shape[:2] == x.shape[:2] and not name.startswith(_ELSEWHERE)
+    ]
+
+
+def _filling(value: Tensor, place: Place) -> Any:
+    """Return what stands for the tokens in such an argument: classes are the next token's."""
+    classes = not value.is_floating_point() and value.dtype != torch.bool
+    return place.at_start(value) if classes else 0
+
+
+def _widened(mask: Any, place: Place, entering: bool, capacity: int) -> Any:
+    """Return the mask, or the masks by the kind of layer, over the text and the tokens.
+
+    Raises:
+        AdapterError: it is a mask for a sliding window, from which the text cannot be told.
+    """
+    if isinstance(mask, dict):
+        if any(m is not None for name, m in mask.items() if name != "full_attention"):
+            raise AdapterError(
+                "A prepared mask for a sliding window cannot be widened by virtual tokens: use a "
+                "dynamic cache, or pass the two-dimensional `attention_mask`."
+            )
+        return {name: _widened(m, place, entering, capacity) for name, m in mask.items()}
+    return None if mask is None else place.open_mask(mask, entering, capacity)
+
+
+class _Leaving(NamedTuple):
+    place: Place
+    rows: int
+    length: int
+    first: bool
+
+
+def _left(value: Any, leaving: _Leaving) -> Any:
+    """Return what a core gave, without the tokens; tensors are told by their shapes."""
+    if isinstance(value, Tensor):
+        return _cut(value, leaving)
+    if isinstance(value, dict):
+        kept = {k: v if k in _UNCUT else _left(v, leaving) for k, v in value.items()}
+        return kept if type(value) is dict else type(value)(**kept)
+    if type(value) in (tuple, list):
+        return type(value)(_left(item, leaving) for item in value)
+    return value
+
+
+def _cut(x: Tensor, leaving: _Leaving) -> Tensor:
+    place, rows, length, first = leaving
+    if x.dim() == 2 and x.shape[0] == rows * length:  # routers flatten rows and tokens
+        return place.close(x.view(rows, length, -1)).flatten(0, 1)
+    if x.dim() < 3 or x.shape[0] != rows:
+        return x
+    if x.dim() == 4 and length in x.shape[2:]:  # attention weights: (batch, heads, tokens, keys)
+        for dim in [d for d in (2, 3) if x.shape[d] == length]:
+            x = place.close(x, dim)
+        return x
+    if x.shape[1] != length:
+        return x
+    short = place.close(x)
+    return torch.cat([x[:, :1], short[:, 1:]], 1) if first else short
