@@ -8,23 +8,19 @@ turned input too.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_linear
-from lightning_peft.weight_delta import (
-    WeightDelta,
-    has_float_matrix,
-    input_of,
-    matrix_shape,
-    with_input,
-)
+from lightning_peft.anatomy import is_linear, read_weights
+from lightning_peft.low_rank import has_matrix, site_of
+from lightning_peft.targets import Patterns, Targets, as_targets
+from lightning_peft.weight_delta import WeightDelta, input_of, with_input
 
-ROTATABLE = "Linear, Conv1D, Conv1d and Conv2d with an input wider than 1, unless quantised"
-"""What `rotatable` accepts, in words."""
+_ROTATABLE = "layers with an input wider than 1 that are neither embeddings nor quantised"
 
 
 class Rotation(WeightDelta, ABC):
@@ -32,15 +28,11 @@ class Rotation(WeightDelta, ABC):
 
     reads_weight = True
 
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        self.width = matrix_shape(host)[1]
-
     @abstractmethod
     def turn(self, x: Tensor) -> Tensor:
         """Return `x R - x` for rows `(..., in)`: nothing, exactly, where nothing is turned yet."""
 
-    def matrix(self, like: Tensor) -> Tensor:
+    def as_matrix(self, like: Tensor) -> Tensor:
         """Return `R - I`, `(in, in)`, in the dtype of the delta."""
         return self.turn(torch.eye(self.width, dtype=like.dtype, device=like.device))
 
@@ -51,7 +43,7 @@ class Rotation(WeightDelta, ABC):
         if not is_linear(host):
             return args, kwargs
         x = input_of(args, kwargs)
-        added = F.linear(x, self.matrix(x).T) if x.is_nested else self.turn(x)
+        added = F.linear(x, self.as_matrix(x).T) if x.is_nested else self.turn(x)
         return with_input(args, kwargs, x + added)
 
     def forward(
@@ -62,11 +54,18 @@ class Rotation(WeightDelta, ABC):
 
     def change(self, weight: Tensor) -> Tensor:
         """Return `W Rᵀ - W`, `(out, in)`."""
-        turn = self.matrix(next(self.parameters()))
+        turn = self.as_matrix(next(self.parameters()))
         return weight.to(turn.dtype) @ turn.T
 
 
-def rotatable(module: nn.Module) -> bool:
-    """Whether the module has an input to turn."""
-    table = isinstance(module, nn.Embedding)
-    return has_float_matrix(module) and not table and matrix_shape(module)[1] > 1
+def find_rotatable(
+    model: nn.Module, targets: Targets | Patterns | None, layers: Sequence[int] | None
+) -> dict[str, nn.Module]:
+    """Return the modules with an input to turn, by name."""
+    return as_targets(targets, layers).find(model, _is_rotatable, _ROTATABLE)
+
+
+def _is_rotatable(module: nn.Module) -> bool:
+    if not has_matrix(module) or isinstance(module, nn.Embedding):
+        return False
+    return bool(read_weights(module)) or site_of(module).matrix_shape[-1] > 1

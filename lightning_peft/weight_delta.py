@@ -1,11 +1,12 @@
-"""A delta that is defined by a change ΔW of its host's weight, whatever kind of layer that is.
+"""A delta that is defined by a change ΔW of a weight of its host, whatever kind of layer that is.
 
     y = W x + b + ΔW x
 
 The weight is seen as a matrix `(out, in)`: that of a Linear as it is, that of transformers'
-`Conv1D` and of an embedding transposed, that of a convolution with its filters flattened. ΔW x is
-added to the output, not ΔW to the weight: in half precision most of a small change would round to
-nothing, and a quantised weight cannot be added to.
+`Conv1D` and of an embedding transposed, that of a convolution with its filters flattened, those of
+fused experts one below the other. ΔW x is added to the output, not ΔW to the weight: in half
+precision most of a small change would round to nothing, and a quantised weight cannot be added to.
+Only to a weight that is read as a tensor is ΔW itself added.
 """
 
 import math
@@ -18,30 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_conv1d, is_linear
+from lightning_peft.anatomy import is_linear
 from lightning_peft.delta import Delta, NotMergeable, slot_of
-
-CHANGEABLE = "Linear, Conv1D, Embedding, Conv1d and Conv2d"
-"""What `has_matrix` accepts, in words."""
+from lightning_peft.low_rank import Kernel, Site, Table, delta_for, fresh
 
 _SHARED: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
 
 
 class WeightDelta(Delta, ABC):
-    """A change of the matrix of one host's weight."""
+    """A change of the matrix of one weight."""
 
     reads_weight: ClassVar[bool] = False
-    """Whether the change depends on the host's weight."""
+    """Whether the change depends on the weight."""
 
-    def __init__(self, host: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(self, site: Site, like: Tensor, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout) if dropout else None
-        # Some tables (BART, Gemma) multiply their rows.
-        self.output_scale = float(getattr(host, "embed_scale", None) or 1.0)
+        *stack, self.width = site.matrix_shape
+        self.site, self.height = site, math.prod(stack)
+        self.dropout = nn.Dropout(dropout) if dropout and not isinstance(site, Table) else None
 
     @abstractmethod
     def change(self, weight: Tensor) -> Tensor:
-        """Return ΔW, `(out, in)`, for the host's `weight`, `(out, in)`."""
+        """Return ΔW, `(out, in)`, for the `weight`, `(out, in)`."""
 
     def add(self, weight: Tensor, x: Tensor, output: Tensor) -> Tensor:
         """Return `output + ΔW x` of a linear host; a cheaper way than by ΔW itself goes here.
@@ -57,23 +56,31 @@ class WeightDelta(Delta, ABC):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return `output + ΔW x`."""
-        x, weight = input_of(args, kwargs), matrix_of(host)
-        x = self.dropout(x) if self.dropout and x.is_floating_point() else x
+        x, weight = input_of(args, kwargs), self.matrix(own(host, "weight"))
+        x = self.dropout(x) if self.dropout else x
         if is_linear(host) and not x.is_nested:
             return self.add(weight, x, output)
         dtype = x.dtype if x.is_floating_point() else output.dtype
-        added = apply_matrix(host, x, self.change(weight).to(dtype)) * self.output_scale
-        return output + added.to(output.dtype)
+        return output + self._apply_to(host, x, self.change(weight).to(dtype)).to(output.dtype)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """Return the weight with the change, in its own shape and in new storage."""
+        change = self.change(self.matrix(weight)).view(self.site.matrix_shape)
+        return (weight + self.site.fold(change)).to(weight.dtype)
+
+    def merge(self, module: nn.Module) -> None:
+        """Add ΔW to the host's weight, which gets new storage."""
+        self.merge_into(module, "weight")
 
     @torch.no_grad()
-    def merge(self, module: nn.Module) -> None:
-        """Add ΔW to the host's weight, which gets new storage.
+    def merge_into(self, module: nn.Module, name: str) -> None:
+        """Add ΔW to the parameter `name`, which gets new storage.
 
         Raises:
-            NotMergeable: the weight is quantised, or was changed by another delta that the change
-                does not know of.
+            NotMergeable: the weight is quantised, or is changed by another delta too that the
+                change does not know of.
         """
-        weight = weight_of(module)
+        weight = own(module, name)
         if not weight.is_floating_point():
             raise NotMergeable(f"The weight of {type(module).__name__} is quantised.")
         if self.reads_weight and len(slot_of(module)) > 1:
@@ -81,9 +88,21 @@ class WeightDelta(Delta, ABC):
                 f"`{type(self).__name__}` depends on the weight of {type(module).__name__}, which "
                 "another delta changes too: remove one of them first."
             )
-        change = self.change(matrix_of(module))
-        change = change.T if _is_transposed(module) else change.view(weight.shape)
-        weight.data = (weight.data + change).to(weight.dtype)
+        weight.data = self.changed(weight.data)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the weight as `(out, in)`."""
+        if isinstance(self.site, Kernel):
+            return weight.flatten(1)
+        return self.site.matrix(weight).flatten(0, -2)
+
+    def _apply_to(self, host: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return what the host makes of `x` with `matrix` for its weight, and no bias."""
+        if isinstance(self.site, Table):
+            return F.embedding(x, matrix.T, self.site.padding_idx) * self.site.output_scale
+        if isinstance(self.site, Kernel):
+            return host._conv_forward(x, self.site.fold(matrix), None)
+        return F.linear(x, matrix)
 
 
 class DerivedDelta(WeightDelta, ABC):
@@ -125,45 +144,21 @@ def shared(make: Callable[..., Tensor], *key: Hashable, device: torch.device) ->
     return found
 
 
-def has_matrix(module: nn.Module) -> bool:
-    """Whether the module's weight can be changed as a matrix."""
-    return is_linear(module) or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d)
+def weight_deltas(
+    hosts: Mapping[str, nn.Module], make: Callable[[Site, Tensor], WeightDelta]
+) -> dict[str, Delta]:
+    """Return the delta of each host by name; `make` builds that of one weight."""
+    return {name: delta_for(host, cast(Any, make)) for name, host in hosts.items()}
 
 
-def has_float_matrix(module: nn.Module) -> bool:
-    """Whether the module's weight can be read as a matrix, and is not quantised."""
-    return has_matrix(module) and weight_of(module).is_floating_point()
+def trained(like: Tensor, *shape: int) -> nn.Parameter:
+    """Return a parameter to fill: a master copy, never narrower than float32."""
+    return nn.Parameter(fresh(like, shape))
 
 
-def matrix_shape(host: Any) -> tuple[int, int]:
-    """Return `(out, in)` of the matrix of a host's weight."""
-    if isinstance(host, nn.Embedding):
-        return host.embedding_dim, host.num_embeddings
-    if isinstance(host, nn.Conv1d | nn.Conv2d):
-        return host.out_channels, host.in_channels // host.groups * math.prod(host.kernel_size)
-    return host.weight.shape[::-1] if is_conv1d(host) else (host.out_features, host.in_features)
-
-
-def weight_of(host: nn.Module) -> Tensor:
+def own(host: nn.Module, name: str) -> Tensor:
     """Return the host's own weight, whatever its deltas make of it."""
-    return cast(Tensor, host._parameters["weight"])
-
-
-def matrix_of(host: nn.Module) -> Tensor:
-    """Return the host's weight as a matrix `(out, in)`, a view."""
-    weight = weight_of(host)
-    if _is_transposed(host):
-        return weight.T
-    return weight.flatten(1) if isinstance(host, nn.Conv1d | nn.Conv2d) else weight
-
-
-def apply_matrix(host: Any, x: Tensor, matrix: Tensor) -> Tensor:
-    """Return what the host makes of `x` with `matrix`, `(out, in)`, for its weight and no bias."""
-    if isinstance(host, nn.Embedding):
-        return F.embedding(x, matrix.T, host.padding_idx)
-    if isinstance(host, nn.Conv1d | nn.Conv2d):
-        return host._conv_forward(x, matrix.view(weight_of(host).shape), None)
-    return F.linear(x, matrix)
+    return cast(Tensor, host._parameters[name])
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -176,15 +171,3 @@ def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tupl
     if args:
         return (x, *args[1:]), kwargs
     return args, kwargs | {next(iter(kwargs)): x}
-
-
-def fresh(host: nn.Module, *shape: int) -> nn.Parameter:
-    """Return a parameter to fill: a master copy, never narrower than float32."""
-    weight = weight_of(host)
-    half = weight.dtype if weight.is_floating_point() else torch.float32
-    dtype = torch.promote_types(half, torch.float32)
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
-
-
-def _is_transposed(host: nn.Module) -> bool:
-    return is_conv1d(host) or isinstance(host, nn.Embedding)

@@ -9,18 +9,21 @@ one factor it is OFT with that scale.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.anatomy import is_linear
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site
 from lightning_peft.method import Method
 from lightning_peft.ops.orthogonal import cayley, multiply_blocks, nearest_divisor
-from lightning_peft.rotation import ROTATABLE, Rotation, rotatable
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import fresh, matrix_shape
+from lightning_peft.rotation import Rotation, find_rotatable
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,8 @@ class BOFT(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        hosts = as_targets(self.targets, self.layers).find(model, rotatable, ROTATABLE)
-        return {name: Butterfly(host, self) for name, host in hosts.items()}
+        hosts = find_rotatable(model, self.targets, self.layers)
+        return weight_deltas(hosts, lambda site, like: Butterfly(site, like, self))
 
 
 class Butterfly(Rotation):
@@ -65,12 +68,12 @@ class Butterfly(Rotation):
     transform; `boft_s` `(out, 1)`.
     """
 
-    def __init__(self, host: nn.Module, method: BOFT) -> None:
-        super().__init__(host)
+    def __init__(self, site: Site, like: Tensor, method: BOFT) -> None:
+        super().__init__(site, like)
         size = nearest_divisor(self.width, method.block_size)
         shape = (_most_factors(self.width, size, method.factors), self.width // size, size, size)
-        self.boft_R = fresh(host, *shape)
-        self.boft_s = fresh(host, matrix_shape(host)[0], 1)
+        self.boft_R = trained(like, *shape)
+        self.boft_s = trained(like, self.height, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,9 +96,13 @@ class Butterfly(Rotation):
         """Return the output, scaled but for its bias."""
         if not is_linear(host):
             return super().forward(host, args, kwargs, output)
-        bias = cast(Tensor | None, host._parameters.get("bias"))
-        product = output if bias is None else output - bias.to(output.dtype)
-        return output + product * (self.boft_s.squeeze(1) - 1).to(output.dtype)
+        bias, gain = host._parameters.get("bias"), (self.boft_s.squeeze(1) - 1).to(output.dtype)
+        shift = None if bias is None else gain * bias.to(output.dtype)
+        if output.is_nested:  # what `nn.TransformerEncoder` makes of a padded batch in eval mode
+            shift = None if shift is None else -shift
+            return output + F.linear(output, torch.diag(gain), shift)
+        added = output * gain
+        return output + (added if shift is None else added - shift)
 
     def change(self, weight: Tensor) -> Tensor:
         """Return `s ⊙ W Rᵀ - W`, `(out, in)`."""

@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site, find_hosts, has_matrix
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import (
-    CHANGEABLE,
-    WeightDelta,
-    fresh,
-    has_float_matrix,
-    matrix_shape,
-)
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import WeightDelta, trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +50,8 @@ class HiRA(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        what = f"{CHANGEABLE}, unless quantised"
-        hosts = as_targets(self.targets, self.layers).find(model, has_float_matrix, what)
-        return {name: Rescaled(host, self.r, self.dropout) for name, host in hosts.items()}
+        hosts = find_hosts(model, self.targets, self.layers, has_matrix)
+        return weight_deltas(hosts, lambda site, like: Rescaled(site, like, self.r, self.dropout))
 
 
 class Rescaled(WeightDelta):
@@ -68,10 +62,9 @@ class Rescaled(WeightDelta):
 
     reads_weight = True
 
-    def __init__(self, host: nn.Module, r: int, dropout: float) -> None:
-        super().__init__(host, dropout)
-        out, into = matrix_shape(host)
-        self.hira_A, self.hira_B = fresh(host, r, into), fresh(host, out, r)
+    def __init__(self, site: Site, like: Tensor, r: int, dropout: float) -> None:
+        super().__init__(site, like, dropout)
+        self.hira_A, self.hira_B = trained(like, r, self.width), trained(like, self.height, r)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

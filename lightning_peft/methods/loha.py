@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site, find_hosts
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import add_low_rank
 from lightning_peft.ops.structured import khatri_rao
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import CHANGEABLE, WeightDelta, fresh, has_matrix, matrix_shape
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import WeightDelta, trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,9 @@ class LoHa(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        hosts = as_targets(self.targets, self.layers).find(model, has_matrix, CHANGEABLE)
-        return {n: Hadamard(host, self.r, self.alpha / self.r) for n, host in hosts.items()}
+        hosts = find_hosts(model, self.targets, self.layers)
+        scale = self.alpha / self.r
+        return weight_deltas(hosts, lambda site, like: Hadamard(site, like, self.r, scale))
 
 
 class Hadamard(WeightDelta):
@@ -62,11 +64,11 @@ class Hadamard(WeightDelta):
     Shapes: `hada_w1_a` and `hada_w2_a` `(out, r)`, `hada_w1_b` and `hada_w2_b` `(r, in)`.
     """
 
-    def __init__(self, host: nn.Module, r: int, scale: float) -> None:
-        super().__init__(host)
-        out, into = matrix_shape(host)
-        self.hada_w1_a, self.hada_w1_b = fresh(host, out, r), fresh(host, r, into)
-        self.hada_w2_a, self.hada_w2_b = fresh(host, out, r), fresh(host, r, into)
+    def __init__(self, site: Site, like: Tensor, r: int, scale: float) -> None:
+        super().__init__(site, like)
+        out, into = self.height, self.width
+        self.hada_w1_a, self.hada_w1_b = trained(like, out, r), trained(like, r, into)
+        self.hada_w2_a, self.hada_w2_b = trained(like, out, r), trained(like, r, into)
         self.scale, self.factored = scale, r * r * (out + into) < out * into
         self.reset_parameters()
 

@@ -11,16 +11,17 @@ product with C ⊗ D is two small ones: C ⊗ D itself is never made for a linea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, kron, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Kernel, Site, find_hosts
 from lightning_peft.method import Method
 from lightning_peft.ops.structured import kronecker_linear
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import CHANGEABLE, WeightDelta, fresh, has_matrix, matrix_shape
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import WeightDelta, trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class LoKr(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        hosts = as_targets(self.targets, self.layers).find(model, has_matrix, CHANGEABLE)
-        return {name: Kronecker(host, self) for name, host in hosts.items()}
+        hosts = find_hosts(model, self.targets, self.layers)
+        return weight_deltas(hosts, lambda site, like: Kronecker(site, like, self))
 
 
 class Kronecker(WeightDelta):
@@ -70,22 +71,21 @@ class Kronecker(WeightDelta):
     `(q, n, *kernel)`, or `lokr_w2_a` `(q, r)` and `lokr_w2_b` `(r, n · kernel)`.
     """
 
-    def __init__(self, host: Any, method: LoKr) -> None:
-        super().__init__(host)
-        kernel = host.kernel_size if isinstance(host, nn.Conv1d | nn.Conv2d) else ()
-        out, into = matrix_shape(host)
-        p, q = split(out, method.factor)
-        m, n = split(into // math.prod(kernel), method.factor)
+    def __init__(self, site: Site, like: Tensor, method: LoKr) -> None:
+        super().__init__(site, like)
+        kernel = site.weight[2:] if isinstance(site, Kernel) else ()
+        p, q = split(self.height, method.factor)
+        m, n = split(self.width // math.prod(kernel), method.factor)
         self.scale, r = method.alpha / method.r, method.r
         if method.decompose_both and 2 * r < max(p, m):
-            self.lokr_w1_a, self.lokr_w1_b = fresh(host, p, r), fresh(host, r, m)
+            self.lokr_w1_a, self.lokr_w1_b = trained(like, p, r), trained(like, r, m)
         else:
-            self.lokr_w1 = fresh(host, p, m)
+            self.lokr_w1 = trained(like, p, m)
         if 2 * r < max(q, n):
-            self.lokr_w2_a = fresh(host, q, r)
-            self.lokr_w2_b = fresh(host, r, n * math.prod(kernel))
+            self.lokr_w2_a = trained(like, q, r)
+            self.lokr_w2_b = trained(like, r, n * math.prod(kernel))
         else:
-            self.lokr_w2 = fresh(host, q, n, *kernel)
+            self.lokr_w2 = trained(like, q, n, *kernel)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site, find_hosts
 from lightning_peft.method import Method
 from lightning_peft.ops.structured import add_product
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import CHANGEABLE, WeightDelta, fresh, has_matrix, matrix_shape
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import WeightDelta, trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class MiSS(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        hosts = as_targets(self.targets, self.layers).find(model, has_matrix, CHANGEABLE)
-        return {name: Shards(host, self.r, self.dropout) for name, host in hosts.items()}
+        hosts = find_hosts(model, self.targets, self.layers)
+        return weight_deltas(hosts, lambda site, like: Shards(site, like, self.r, self.dropout))
 
 
 class Shards(WeightDelta):
@@ -61,10 +62,9 @@ class Shards(WeightDelta):
     Shapes: `miss_block` `(r, out)`, the transposed D.
     """
 
-    def __init__(self, host: nn.Module, r: int, dropout: float) -> None:
-        super().__init__(host, dropout)
-        out, self.width = matrix_shape(host)
-        self.miss_block = fresh(host, min(r, self.width), out)
+    def __init__(self, site: Site, like: Tensor, r: int, dropout: float) -> None:
+        super().__init__(site, like, dropout)
+        self.miss_block = trained(like, min(r, self.width), self.height)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

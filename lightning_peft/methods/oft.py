@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site
 from lightning_peft.method import Method
 from lightning_peft.ops.orthogonal import cayley, cayley_series, multiply_blocks, nearest_divisor
-from lightning_peft.rotation import ROTATABLE, Rotation, rotatable
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import fresh
+from lightning_peft.rotation import Rotation, find_rotatable
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ class OFT(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        hosts = as_targets(self.targets, self.layers).find(model, rotatable, ROTATABLE)
-        return {name: Blocks(host, self) for name, host in hosts.items()}
+        hosts = find_rotatable(model, self.targets, self.layers)
+        return weight_deltas(hosts, lambda site, like: Blocks(site, like, self))
 
 
 class Blocks(Rotation):
@@ -64,10 +65,10 @@ class Blocks(Rotation):
     Shapes: `oft_R` `(blocks, n (n - 1) / 2)`, the upper triangles of the Qᵢ, row by row.
     """
 
-    def __init__(self, host: nn.Module, method: OFT) -> None:
-        super().__init__(host)
+    def __init__(self, site: Site, like: Tensor, method: OFT) -> None:
+        super().__init__(site, like)
         self.size, self.terms = nearest_divisor(self.width, method.block_size), method.terms
-        self.oft_R = fresh(host, self.width // self.size, self.size * (self.size - 1) // 2)
+        self.oft_R = trained(like, self.width // self.size, self.size * (self.size - 1) // 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site, find_hosts
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import (
-    CHANGEABLE,
-    DerivedDelta,
-    fresh,
-    has_matrix,
-    matrix_shape,
-    shared,
-)
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import DerivedDelta, shared, trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +54,8 @@ class SHiRA(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
-        hosts = as_targets(self.targets, self.layers).find(model, has_matrix, CHANGEABLE)
-        return {name: Sparse(host, self) for name, host in hosts.items()}
+        hosts = find_hosts(model, self.targets, self.layers)
+        return weight_deltas(hosts, lambda site, like: Sparse(site, like, self))
 
 
 class Sparse(DerivedDelta):
@@ -74,11 +68,11 @@ class Sparse(DerivedDelta):
     constants = ("places",)
     places: Tensor
 
-    def __init__(self, host: nn.Module, method: SHiRA) -> None:
-        super().__init__(host)
-        self.shape, self.seed, self.scale = matrix_shape(host), method.seed, method.scale
-        out, into = self.shape
-        self.shira_weight = fresh(host, min(method.r * (out + into), out * into))
+    def __init__(self, site: Site, like: Tensor, method: SHiRA) -> None:
+        super().__init__(site, like)
+        self.seed, self.scale, size = method.seed, method.scale, self.height * self.width
+        count = min(method.r * (self.height + self.width), size)
+        self.shira_weight = trained(like, count)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,15 +82,14 @@ class Sparse(DerivedDelta):
 
     def derive(self, device: torch.device) -> Mapping[str, Tensor]:
         """Return the places."""
-        out, into = self.shape
-        key = (self.seed, out * into, len(self.shira_weight))
+        key = (self.seed, self.height * self.width, len(self.shira_weight))
         return {"places": shared(_places, *key, device=device)}
 
     def change(self, weight: Tensor) -> Tensor:
         """Return `s · S`, `(out, in)`."""
-        out, into = self.shape
         entries = self.scale * self.shira_weight
-        return entries.new_zeros(out * into).scatter(0, self.places, entries).view(out, into)
+        flat = entries.new_zeros(self.height * self.width).scatter(0, self.places, entries)
+        return flat.view(self.height, self.width)
 
 
 def _places(seed: int, size: int, count: int) -> Tensor:

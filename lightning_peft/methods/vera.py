@@ -17,17 +17,11 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.low_rank import Site, find_hosts
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import add_low_rank
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import (
-    CHANGEABLE,
-    DerivedDelta,
-    fresh,
-    has_matrix,
-    matrix_shape,
-    shared,
-)
+from lightning_peft.targets import Patterns, Targets
+from lightning_peft.weight_delta import DerivedDelta, shared, trained, weight_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +62,14 @@ class VeRA(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target; all look at the same A and B."""
-        hosts = as_targets(self.targets, self.layers).find(model, has_matrix, CHANGEABLE)
-        outs, ins = zip(*(matrix_shape(host) for host in hosts.values()), strict=True)
-        return {n: ScaledProjections(h, self, max(outs), max(ins)) for n, h in hosts.items()}
+        hosts = find_hosts(model, self.targets, self.layers)
+        deltas = weight_deltas(hosts, lambda site, like: ScaledProjections(site, like, self))
+        every = [m for d in deltas.values() for m in d.modules() if isinstance(m, DerivedDelta)]
+        widest = max(d.height for d in every), max(d.width for d in every)
+        for delta in every:
+            delta.widest = widest  # type: ignore[assignment]
+            delta.settle()
+        return deltas
 
 
 class ScaledProjections(DerivedDelta):
@@ -84,12 +83,11 @@ class ScaledProjections(DerivedDelta):
     down: Tensor
     up: Tensor
 
-    def __init__(self, host: nn.Module, method: VeRA, widest_out: int, widest_in: int) -> None:
-        super().__init__(host, method.dropout)
+    def __init__(self, site: Site, like: Tensor, method: VeRA) -> None:
+        super().__init__(site, like, method.dropout)
         self.seed, self.d_initial = method.seed, method.d_initial
-        self.width, self.widest = matrix_shape(host)[1], (method.r, widest_out, widest_in)
-        self.vera_lambda_d = fresh(host, method.r)
-        self.vera_lambda_b = fresh(host, matrix_shape(host)[0])
+        self.widest = self.height, self.width
+        self.vera_lambda_d, self.vera_lambda_b = trained(like, method.r), trained(like, self.height)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,7 +98,8 @@ class ScaledProjections(DerivedDelta):
 
     def derive(self, device: torch.device) -> Mapping[str, Tensor]:
         """Return A and B."""
-        key = (self.seed, *self.widest, self.vera_lambda_d.dtype)
+        d = self.vera_lambda_d
+        key = (self.seed, len(d), *self.widest, d.dtype)
         a, b = (shared(make, *key, device=device) for make in (_projection_in, _projection_out))
         return {"down": a, "up": b}
 
