@@ -7,6 +7,7 @@ sibling is not reused (its guard sees another type), and fast paths that read we
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from lightning_peft.errors import AdapterError
 SLOT = "lightning_peft"
 """The name under which a host module keeps its deltas."""
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -61,6 +62,33 @@ class Delta(nn.Module):
         """
         return weight
 
+    def attend(
+        self,
+        host: nn.Module,
+        base: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the attention `base` of `host` gives, changed.
+
+        Args:
+            host: the attention module.
+            base: its attention, to be called as `base(host, query, key, value, mask, **kwargs)`.
+            query: `(batch, heads, tokens, d_head)`.
+            key: `(batch, key_heads, keys, d_head)`, the cached ones included.
+            value: `(batch, key_heads, keys, d_value)`.
+            mask: boolean, additive or None, as `base` takes it.
+            kwargs: what else `base` takes, such as `is_causal`, `scaling` and `dropout`.
+
+        Returns:
+            What `base` returns: the output, `(batch, tokens, heads, d_value)`, and the weights or
+            None. Further keys and values may only stand before the present ones.
+        """
+        return base(host, query, key, value, mask, **kwargs)
+
     def reset_parameters(self) -> None:
         """Initialise in place (a model built on the meta device calls this on each module)."""
 
@@ -96,6 +124,10 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
         module.register_forward_pre_hook(_before, with_kwargs=True)
     if type(delta).reweigh is not Delta.reweigh and not isinstance(module, _Reweighed):
         module.__class__ = subclass(cast(type, type(module)), _Reweighed)
+    if type(delta).attend is not Delta.attend and not any(map(_attends, _layers(type(module)))):
+        from lightning_peft.attention import route  # which knows deltas itself
+
+        module.__class__ = subclass(cast(type, type(module)), cast(type, route(module)))
     slot[name] = delta
 
 
@@ -115,6 +147,31 @@ def detach(module: nn.Module, name: str) -> None:
 def slot_of(module: nn.Module) -> nn.ModuleDict:
     """Return the deltas of a host module by name."""
     return cast(nn.ModuleDict, module._modules[SLOT])
+
+
+class Attending:
+    """Mixin of a host whose attention passes through its deltas; `attention.py` has its kinds."""
+
+
+def through_deltas(base: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """Return the attention `base` of `module` as its deltas change it, the first one outermost."""
+    for delta in reversed(module._modules[SLOT].values()):  # type: ignore[union-attr,operator]
+        if delta.active and type(delta).attend is not Delta.attend:
+            base = functools.partial(_attend, delta, base)
+    return base
+
+
+def _attend(
+    delta: Delta,
+    base: Callable[..., Any],
+    host: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> Any:
+    return delta.attend(host, base, query, key, value, attention_mask, **kwargs)
 
 
 class _Reweighed:
@@ -181,6 +238,19 @@ def _without(marked: type, *mixins: type) -> type:
     return base if found == mixins else subclass(_without(base, *mixins), *found)
 
 
+def _layers(marked: type) -> list[tuple[type, ...]]:
+    """Return the mixins of each class that `subclass` made on the way to `marked`, last first."""
+    layers = []
+    while "_made_of" in vars(marked):
+        marked, mixins = marked._made_of  # type: ignore[attr-defined]
+        layers.append(mixins)
+    return layers
+
+
+def _attends(mixins: tuple[type, ...]) -> bool:
+    return any(issubclass(mixin, Attending) for mixin in mixins)
+
+
 def _rebuild(base: type, *layers: tuple[type, ...]) -> Any:
     for mixins in layers:
         base = subclass(base, *mixins)
@@ -189,15 +259,14 @@ def _rebuild(base: type, *layers: tuple[type, ...]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    base, layers = type(self), []
-    while "_made_of" in vars(base):  # a host may have been marked more than once
-        base, mixins = base._made_of  # type: ignore[attr-defined]
-        layers.insert(0, mixins)
-    return _rebuild, (base, *layers), self.__getstate__()
+    base, layers = type(self), _layers(type(self))  # a host may have been marked more than once
+    for _ in layers:
+        base = superclass(base)
+    return _rebuild, (base, *reversed(layers)), self.__getstate__()
 
 
 def _open(module: nn.Module) -> nn.ModuleDict:
-    if isinstance(module, _CONTAINERS):
+    if isinstance(module, CONTAINERS):
         raise AdapterError(
             f"A {type(module).__name__} runs its children one by one and cannot carry a delta: "
             "name one of its children instead."
@@ -211,9 +280,9 @@ def _open(module: nn.Module) -> nn.ModuleDict:
 
 def _close(module: nn.Module) -> None:
     del module._modules[SLOT]
-    if isinstance(module, _Reweighed):
-        module.__class__ = _without(type(module), _Reweighed)
-    module.__class__ = _without(type(module))
+    for mixins in _layers(type(module)):
+        if mixins != (HeldInEval,):  # which is for `release` to undo
+            module.__class__ = _without(type(module), *mixins)
     pre, post = module._forward_pre_hooks, module._forward_hooks
     for key in [key for key, hook in pre.items() if hook is _before]:
         del pre[key], module._forward_pre_hooks_with_kwargs[key]

@@ -1,0 +1,232 @@
+"""What the attention modules of a model really see: found by running it once on a few tokens.
+
+Names and attributes tell wrongly which modules attend (a decoder-only variant keeps unused
+cross-attention) and how their keys are shaped (grouped, latent or shared heads). So each pretrained
+model inside runs once, in eval mode and without a graph, and every attention module that is called
+writes down its keys and values. An `nn.MultiheadAttention` says all by its attributes and is not
+run.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.anatomy import Named, base_modules, is_transformers, under
+from lightning_peft.attention import uses_interface
+from lightning_peft.delta import Attending, Delta, attach, detach
+from lightning_peft.errors import TargetError
+
+TOKENS = 16
+"""How many tokens a probe takes, where nobody asks for certain ones."""
+
+_NAME = "probe"
+_AUDIO = 16_000
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention module saw in a probe."""
+
+    width: int
+    """The width of all query heads together."""
+
+    key: Tensor
+    """`(key_heads, keys, d_head)`."""
+
+    value: Tensor
+    """`(key_heads, keys, d_value)`."""
+
+    key_spread: float
+    """The root mean square of the keys."""
+
+    value_spread: float
+    """The root mean square of the values."""
+
+
+class _Recorder(Delta):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Attention | None = None
+
+    def attend(
+        self,
+        host: nn.Module,
+        base: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Write down what comes in, and change nothing."""
+        width = query.shape[1] * query.shape[-1]
+        k, v = key[0].detach(), value[0].detach()
+        self.seen = Attention(width, k, v, _spread(k), _spread(v))
+        return base(host, query, key, value, mask, **kwargs)
+
+
+def probe(model: nn.Module, ids: Sequence[int] = ()) -> dict[str, Attention]:
+    """Return what each attention module saw, by name, of the modules that a forward pass reaches.
+
+    Args:
+        model: any model; it is left as it was, and so are the random generators.
+        ids: the ids of the tokens to run, where the model takes tokens.
+
+    Raises:
+        TargetError: the model has no attention, or cannot be run.
+    """
+    found = {
+        n: _of_torch(m) for n, m in base_modules(model) if isinstance(m, nn.MultiheadAttention)
+    }
+    for name, inner in _pretrained(model):
+        found |= {f"{name}.{n}".lstrip("."): seen for n, seen in _run(inner, ids).items()}
+    if not found:
+        raise TargetError(
+            f"{type(model).__name__} has no attention that learned keys and values could enter: "
+            "none of its modules computes a softmax over the product of queries and keys."
+        )
+    return found
+
+
+def _of_torch(module: nn.MultiheadAttention) -> Attention:
+    none = module.out_proj.weight.new_empty(module.num_heads, 0, module.head_dim)
+    if module.in_proj_weight is None:
+        weights = (module.k_proj_weight, module.v_proj_weight)
+    else:
+        weights = module.in_proj_weight.chunk(3)[1:]
+    # Of inputs with unit variance, as a normalisation gives them.
+    spreads = [_spread(weight) * weight.shape[1] ** 0.5 for weight in weights]
+    return Attention(module.embed_dim, none, none, *spreads)
+
+
+def _spread(x: Tensor) -> float:
+    # On the meta device there are no values: what a normalised layer typically gives.
+    return 1.0 if x.is_meta or not x.numel() else x.detach().float().square().mean().sqrt().item()
+
+
+def _pretrained(model: nn.Module) -> list[Named]:
+    """Return the outermost models of transformers."""
+    found: list[Named] = []
+    for name, module in base_modules(model):
+        if is_transformers(module) and not under(name, tuple(n for n, _ in found)):
+            found.append((name, module))
+    return found
+
+
+def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
+    hosts = dict(_candidates(model))
+    recorders = {name: _Recorder() for name in hosts}
+    error: Exception | None = None
+    for inputs in _inputs(model, ids) if hosts else ():
+        with _attached(hosts, recorders), _untouched(model):
+            try:
+                model(**inputs)
+                break
+            except Exception as raised:  # whatever the model's code raises on inputs it refuses
+                error = raised
+    else:
+        if error is not None:
+            raise TargetError(
+                f"Where {type(model).__name__} attends is found by running it on a few tokens, "
+                f"which failed: {type(error).__name__}: {error}"
+            ) from error
+    seen = {name: r.seen for name, r in recorders.items() if r.seen is not None}
+    return {n: s for n, s in seen.items() if not any(m.startswith(f"{n}.") for m in seen)}
+
+
+def _candidates(model: nn.Module) -> Iterator[Named]:
+    """Yield the modules that may attend; of those inside one another all."""
+    modules = base_modules(model)
+    asking = [n for n, m in modules if uses_interface(type(m)) or isinstance(m, Attending)]
+    for name, module in modules:
+        named = any(word in type(module).__name__.lower() for word in ("attention", "attn"))
+        around = any(n.startswith(f"{name}.") for n in asking)
+        if name in asking or (named and not around and not isinstance(module, nn.ModuleList)):
+            yield name, module
+
+
+@contextlib.contextmanager
+def _attached(hosts: dict[str, nn.Module], recorders: dict[str, _Recorder]) -> Iterator[None]:
+    try:
+        for name, host in hosts.items():
+            recorders[name].seen = None
+            attach(host, _NAME, recorders[name])
+        yield
+    finally:
+        for host in reversed(hosts.values()):
+            detach(host, _NAME)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Run without a graph, in eval mode, and leave modes, buffers and generators as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices), torch.no_grad():
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _inputs(model: Any, ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the inputs to try: the main one alone, then all that the model is known to take."""
+    taken = inspect.signature(model.forward).parameters
+    made = {n: make for n, make in _MAKERS.items() if n in taken}
+    main, settings = model.main_input_name, {"use_cache": False} if "use_cache" in taken else {}
+    for names in ((main,), tuple(made)):
+        wanted = [name for name in names if name in made]
+        inputs = {name: made[name](model, ids) for name in wanted}
+        yield {k: v for k, v in inputs.items() if v is not None} | settings
+
+
+def _ids(model: Any, ids: Sequence[int]) -> Tensor:
+    config = model.config.get_text_config()
+    if not ids:
+        # From the middle of the vocabulary, away from special tokens; some heads look for the end.
+        middle, end = config.vocab_size // 2, getattr(config, "eos_token_id", None)
+        ids = [middle + i % max(1, middle - 1) for i in range(TOKENS - 1)]
+        ids = [*ids, end if isinstance(end, int) else middle]
+    return torch.tensor([list(ids)], device=model.device)
+
+
+def _pixels(model: Any, ids: Sequence[int]) -> Tensor | None:
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", None) or 224
+    size = tuple(size.values()) if isinstance(size, dict) else size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    channels: int = getattr(config, "num_channels", 3)
+    return _noise(model, channels, height, width)
+
+
+def _noise(model: Any, *shape: int) -> Tensor:
+    return torch.randn(1, *shape, device=model.device, dtype=model.dtype)
+
+
+def _features(model: Any, ids: Sequence[int]) -> Tensor:
+    config = model.config
+    mels: int = getattr(config, "num_mel_bins", None) or config.input_feat_per_channel
+    frames = 2 * getattr(config, "max_source_positions", 1500)
+    return _noise(model, mels, frames)
+
+
+_MAKERS: dict[str, Callable[[Any, Sequence[int]], Tensor | None]] = {
+    "input_ids": _ids,
+    "pixel_values": _pixels,
+    "input_values": lambda model, _: _noise(model, _AUDIO),
+    "input_features": _features,
+    "decoder_input_ids": lambda model, ids: (
+        _ids(model, ids) if model.config.is_encoder_decoder else None
+    ),
+}
