@@ -80,23 +80,18 @@ def fan(module: nn.Module) -> tuple[int, int]:
 
 
 def stream_width(block: nn.Module) -> int:
-    """Return the width of the stream that runs through a layer, as the norms beside attention tell.
+    """Return the width of the stream that runs through a layer, or 0 where nothing tells it.
 
-    Without a norm that has weights it is what most linear layers take.
+    It is what most linear layers take or give. A norm counts twice, since the hidden width of a
+    mixer may be as frequent; norms inside attention count only where there are no others.
     """
     inside = tuple(name for name, _ in _attentions("", block))
-    sizes = [
-        (not anatomy.under(n, inside), -n.count("."), _length(m))
-        for n, m in anatomy.base_modules(block)
-        if _is_norm(m)
-    ]
-    linear = [m for _, m in _linears("", block)]
-    if not sizes:
-        return Counter(fan(m)[0] for m in linear).most_common(1)[0][0] if linear else 0
-    best = max(size[:2] for size in sizes)
-    used = Counter(width for m in linear for width in fan(m))
-    counts = Counter(size[2] for size in sizes if size[:2] == best)
-    return max(counts, key=lambda width: (counts[width], used[width]))
+    norms = [(n, _length(m)) for n, m in anatomy.base_modules(block) if _is_norm(m)]
+    beside = [width for n, width in norms if not anatomy.under(n, inside)]
+    votes = Counter(width for _, m in _linears("", block) for width in fan(m))
+    for width in beside or [width for _, width in norms]:
+        votes[width] += 2
+    return max(sorted(votes), key=votes.__getitem__, default=0)
 
 
 def _of_layer(index: int, name: str, block: nn.Module) -> list[SubLayer]:
@@ -144,7 +139,8 @@ def _chains(name: str, block: nn.Module, width: int) -> list[list[Named]]:
 def _branches(name: str, block: nn.Module, width: int) -> list[Named]:
     """Return the modules of the block that hold a whole branch each."""
     found = (found for kind, found in _pieces(name, block, width) if kind == "branch")
-    return [_narrowed(*named) for (named,) in found]
+    narrowed = [_narrowed(*named) for (named,) in found]
+    return [(n, m) for n, m in narrowed if m._modules or _has_experts(m)]
 
 
 def _pieces(name: str, block: nn.Module, width: int) -> Iterator[tuple[str, list[Named]]]:
@@ -260,7 +256,8 @@ def _has_norm(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return not module._modules and getattr(module._parameters.get("weight"), "ndim", 0) == 1
+    simple = not module._modules or "norm" in type(module).__name__.lower()
+    return simple and getattr(module._parameters.get("weight"), "ndim", 0) == 1
 
 
 def _length(norm: Any) -> int:

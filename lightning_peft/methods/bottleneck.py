@@ -31,6 +31,9 @@ from lightning_peft.ops.bottleneck import ACTIVATIONS, bottleneck, gate
 from lightning_peft.sublayers import CONVOLUTIONS, SubLayer
 from lightning_peft.targets import Patterns, Targets
 
+_NARROWEST = 8
+"""Fewer units may all be dead at the start, and then never learn."""
+
 _passing = threading.local()
 """What a `Tap` saw of the call that is running in this thread."""
 
@@ -52,7 +55,7 @@ class BottleneckAdapter(Method):
     """Width of the bottleneck; None divides the layer's width by `reduction_factor`."""
 
     reduction_factor: float = 16
-    """How much narrower than the layer the bottleneck is, where `size` is None."""
+    """How much narrower than the layer the bottleneck is, 8 at least, where `size` is None."""
 
     activation: str = "relu"
     """The non-linearity: relu, gelu, silu, tanh, sigmoid, leaky_relu or identity."""
@@ -153,7 +156,7 @@ class BottleneckAdapter(Method):
         return {entry: tap, exit_: adapter}
 
     def _adapter(self, host: nn.Module, width: int) -> "Bottleneck":
-        size = self.size or max(1, round(width / self.reduction_factor))
+        size = self.size or max(_NARROWEST, round(width / self.reduction_factor))
         return Bottleneck(host, width, size, self)
 
 
