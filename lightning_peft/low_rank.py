@@ -9,7 +9,7 @@ what its factors are made of. So a method of LoRA's family states its own arithm
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft import anatomy
 from lightning_peft.delta import Delta, NotMergeable
-from lightning_peft.errors import ConfigError, TargetError, near_misses
+from lightning_peft.errors import AdapterError, ConfigError, TargetError, near_misses
 from lightning_peft.ops.low_rank import add_low_rank
 from lightning_peft.targets import Patterns, Targets, as_targets, matches
 
@@ -35,6 +35,9 @@ class Site:
 
     transposed: bool = False
     """Whether the host keeps it as `(in, out)`."""
+
+    rank_dims: ClassVar[tuple[int, int]] = (-2, -1)
+    """The dimensions of A and of B that are as long as the rank."""
 
     @property
     def matrix_shape(self) -> Shape:
@@ -101,7 +104,8 @@ class Kernel(Site):
     dilation: Shape = ()
     groups: int = 1
     mode: str = "zeros"
-    edges: tuple[int, ...] = ()
+    edges: Shape = ()
+    rank_dims: ClassVar[tuple[int, int]] = (0, 1)
 
     @property
     def matrix_shape(self) -> Shape:
@@ -220,36 +224,47 @@ class LowRank(Product):
         return self.lora_A, self.lora_B
 
 
-class StartedLowRank(LowRank):
-    """The difference of a product of two trained factors from what it was at its start.
+class Departure(Product):
+    """How far a product of two trained factors has come from what it was at its start.
 
         ΔW = s · (B A − B₀ A₀) = s · ((B − B₀) A + B₀ (A − A₀))
 
-    The base stays what it is, and so does its output at the start, bitwise. The start is kept: a
-    decomposition may come out otherwise on another machine.
+    The base stays what it is, and so does its output at the start, bitwise. The start is kept with
+    the adapter: a decomposition may come out otherwise on another machine.
+
+    Args:
+        site: where the product acts.
+        start: A₀ `(r, in)` and B₀ `(out, r)`; their rank may be lower than `r`.
+        r: the rank.
+        scale: factor s of the product.
+        dropout: probability with which an input is zeroed in training.
     """
 
     start_a: Tensor
     start_b: Tensor
 
-    def __init__(self, site: Site, like: Tensor, r: int, scale: float, dropout: float = 0.0):
-        super().__init__(site, like, r, scale, dropout)
-        self.register_buffer("start_a", torch.zeros_like(self.lora_A))
-        self.register_buffer("start_b", torch.zeros_like(self.lora_B))
+    def __init__(
+        self, site: Site, start: tuple[Tensor, Tensor], r: int, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(site, scale, dropout)
+        self.lora_A, self.lora_B = fresh_factors(site, start[0], r)
+        missing = r - start[0].shape[-2]
+        a, b = F.pad(start[0], (0, 0, 0, missing)), F.pad(start[1], (0, missing))
+        self.register_buffer("start_a", a.reshape(self.lora_A.shape).contiguous())
+        self.register_buffer("start_b", b.reshape(self.lora_B.shape).contiguous())
+        self.reset_parameters()
 
     @torch.no_grad()
-    def start_from(self, a: Tensor, b: Tensor) -> None:
-        """Take `a` `(r, in)` and `b` `(out, r)` for the start."""
-        self.start_a.copy_(a.reshape(self.start_a.shape))
-        self.start_b.copy_(b.reshape(self.start_b.shape))
+    def reset_parameters(self) -> None:
+        """Go back to the start."""
         self.lora_A.copy_(self.start_a)
         self.lora_B.copy_(self.start_b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `[A; A − A₀]` and `[B − B₀, B₀]`, of rank 2r: exactly nothing at the start."""
-        rank = self.lora_B.dim() - 1 if type(self.site) is Site else 1
-        a = torch.cat([self.lora_A, self.lora_A - self.start_a], rank - 1)
-        return a, torch.cat([self.lora_B - self.start_b, self.start_b], rank)
+        rows, columns = self.site.rank_dims
+        a = torch.cat([self.lora_A, self.lora_A - self.start_a], rows)
+        return a, torch.cat([self.lora_B - self.start_b, self.start_b], columns)
 
 
 class Parts(Delta):
@@ -301,6 +316,21 @@ def site_of(host: Any) -> Site:
     if anatomy.is_conv1d(host):
         return Site(tuple(host.weight.shape), transposed=True)
     return Site((host.out_features, host.in_features))  # a quantised weight is packed
+
+
+def values_of(site: Site, weight: Tensor, method: str) -> Tensor:
+    """Return a weight as `(..., out, in)` in full precision, for a method to start from.
+
+    Raises:
+        AdapterError: it has no values yet.
+    """
+    if weight.is_meta:
+        raise AdapterError(
+            f"{method} starts from the values of the weights, but the model is on the meta device: "
+            "fill the model first, then inject."
+        )
+    matrix = site.matrix(weight.detach())
+    return matrix.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
