@@ -108,7 +108,7 @@ def _run(missing: list[Cell], results: Results, options: Any, path: Path) -> Non
         with lock:
             done += 1
             results.setdefault(_key(cell), {}).update(row)
-            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            _write(path, results)
             print(f"{done}/{len(missing)} {_key(cell)}: {_summary(row)}", file=sys.stderr)
 
     def run_chunk(chunk: list[Cell]) -> None:
@@ -122,6 +122,13 @@ def _run(missing: list[Cell], results: Results, options: Any, path: Path) -> Non
         list(
             pool.map(run_chunk, [missing[i : i + RECYCLE] for i in range(0, len(missing), RECYCLE)])
         )
+
+
+def _write(path: Path, results: Results) -> None:
+    """Replace the file at once, so that a run that is killed leaves a whole one."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    beside.replace(path)
 
 
 def _summary(row: dict[str, Any]) -> str:
