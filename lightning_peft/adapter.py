@@ -320,8 +320,9 @@ class Adapter:
     def _refuse_shared(self) -> None:
         modules = self.model.modules()
         owners = Counter(id(p) for module in modules for p in module._parameters.values())
-        for name, host, _ in self.deltas:
-            if any(owners[id(p)] > 1 for p in host.parameters(recurse=False)):
+        for name, host, delta in self.deltas:
+            shared = any(owners[id(p)] > 1 for p in host.parameters(recurse=False))
+            if shared and not delta.merges_shared:
                 raise NotMergeable(f"`{name}` shares its weight with another module.")
 
 

@@ -8,7 +8,7 @@ sibling is not reused (its guard sees another type), and fast paths that read we
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class Delta(nn.Module):
     """
 
     active = True
+
+    merges_shared: ClassVar[bool] = False
+    """Whether the method has changed all modules that share the host's weight alike."""
 
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
