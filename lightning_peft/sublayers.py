@@ -88,10 +88,12 @@ def stream_width(block: nn.Module) -> int:
     inside = tuple(name for name, _ in _attentions("", block))
     norms = [(n, _length(m)) for n, m in anatomy.base_modules(block) if _is_norm(m)]
     beside = [width for n, width in norms if not anatomy.under(n, inside)]
-    votes = Counter(width for _, m in _linears("", block) for width in fan(m))
+    linear = [fan(m) for _, m in _linears("", block)]
+    given = Counter(out for _, out in linear)
+    votes = given + Counter(into for into, _ in linear)
     for width in beside or [width for _, width in norms]:
         votes[width] += 2
-    return max(sorted(votes), key=votes.__getitem__, default=0)
+    return max(votes, key=lambda width: (votes[width], given[width], width), default=0)
 
 
 def _of_layer(index: int, name: str, block: nn.Module) -> list[SubLayer]:

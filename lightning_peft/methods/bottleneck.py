@@ -201,6 +201,7 @@ class Bottleneck(Delta):
             self.register_parameter(name, nn.Parameter(fresh))
         self.settings = settings
         self.channels_first = isinstance(host, CONVOLUTIONS)
+        self.train(host.training)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
