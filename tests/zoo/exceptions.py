@@ -58,11 +58,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LiltConfig": {"hidden_size": 48},
     "Mamba2Config": {"num_heads": 8},
     "LongcatFlashConfig": {"zero_expert_num": 1},
-    "MobileViTConfig": {"neck_hidden_sizes": [16, 32, 32, 48, 48, 48, 48]},
+    "MobileViTConfig": {"image_size": 64, "neck_hidden_sizes": [16, 32, 32, 48, 48, 48, 48]},
     "MobileViTV2Config": {"image_size": 64, "width_multiplier": 0.5},
     "MptConfig": {"expansion_ratio": 2},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
+    "PvtConfig": {"image_size": 64},  # with less, its attention meets one key
     "PerceiverConfig": {
         "num_latents": 8,
         "num_blocks": 1,
