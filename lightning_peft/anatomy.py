@@ -62,16 +62,27 @@ def is_uncalled(module: nn.Module) -> bool:
 def read_weights(module: nn.Module) -> list[str]:
     """Return the names of the weights that are read as tensors instead of calling a layer.
 
-    Those of `nn.MultiheadAttention` and of its output projection, and those of fused experts, of
-    shape `(experts, ., .)`: a module that says it holds experts.
+    Those of `nn.MultiheadAttention` and of its output projection, those of fused experts, of shape
+    `(experts, ., .)`: a module that says it holds experts, and that of a linear layer which does
+    with it what it likes (a router that returns several tensors).
     """
-    if is_uncalled(module):
+    if is_uncalled(module) or _is_own_linear(module):
         return ["weight"]
     named = [(n, p) for n, p in module._parameters.items() if p is not None and p.dim() > 1]
     if isinstance(module, nn.MultiheadAttention):
         return [name for name, _ in named if name.endswith("proj_weight")]
     speaks = "expert" in type(module).__name__.lower()
     return [name for name, weight in named if speaks and weight.dim() == 3]
+
+
+def _is_own_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer with a forward pass of its own, over plain weights."""
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    if isinstance(module, nn.Linear):
+        return type(module).forward is not nn.Linear.forward
+    return not module._modules and hasattr(module, "in_features")
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -115,8 +126,18 @@ def embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """Return the number of rows of the word embedding: the first table that is registered."""
-    return next((table.num_embeddings for _, table in embeddings(model)), None)
+    """Return the number of rows of the word embedding.
+
+    It is what a model of transformers says it is, of any other the first table that is registered.
+    """
+    tables = [table for _, table in embeddings(model)]
+    for known in [m for _, m in base_modules(model) if is_transformers(m)][:1]:
+        try:
+            words = known.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:  # no words, or in several parts of the model
+            continue
+        tables = [words, *tables] if isinstance(words, nn.Embedding) else tables
+    return tables[0].num_embeddings if tables else None
 
 
 def speaks(module: nn.Module, vocabulary: int | None) -> bool:
@@ -165,7 +186,8 @@ def head(model: nn.Module) -> list[Named]:
 
 def head_parameters(model: nn.Module) -> list[str]:
     """Return the names of the head's parameters, and of what a loader says it found fresh."""
-    own = [f"{name}.{p}" for name, module in head(model) for p, _ in module.named_parameters()]
+    names = {id(p): name for name, p in model.named_parameters()}  # a tied one has its first name
+    own = [names[id(p)] for _, module in head(model) for p in module.parameters()]
     return [*getattr(model, "fresh_parameters", ()), *own]
 
 

@@ -229,3 +229,49 @@ def test_a_sequential_model() -> None:
     assert [name for name, _, _ in adapter.deltas] == ["0", "2"]
     assert adapter.in_place == []
     assert model(torch.ones(1, 4)).shape == (1, 2)
+
+
+def test_the_words_are_those_that_a_model_of_transformers_names() -> None:
+    """Another table may be registered before them: of places in an image, of languages."""
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config)
+    model.bert._modules = {"places": nn.Embedding(7, 32), **model.bert._modules}
+    assert anatomy.vocabulary(model) == 64
+    assert not anatomy.head(model)
+    outside = nn.ModuleDict({"places": nn.Embedding(7, 32), "inner": model})
+    assert anatomy.vocabulary(outside) == 64
+
+
+def test_a_head_that_is_tied_has_the_first_of_its_names() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+    model.first, model.score = nn.Linear(4, 3), nn.Linear(4, 3)
+    model.first.weight = model.score.weight
+    assert set(anatomy.head_parameters(model)) == {"first.weight", "first.bias", "score.bias"}
+
+
+class Router(nn.Linear):
+    """A linear layer that returns more than one tensor."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        scores = super().forward(x)
+        return scores.sigmoid(), scores
+
+
+def test_a_linear_layer_with_a_forward_pass_of_its_own_is_changed_by_its_weight() -> None:
+    router, x = Router(4, 3), torch.randn(2, 4)
+    assert anatomy.read_weights(router) == ["weight"]
+    assert anatomy.read_weights(nn.Linear(4, 3)) == []
+    model = nn.ModuleDict({"router": router})
+    adapter = inject(model, LoRA(targets="router"))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(0.5)
+    _, scores = router(x)
+    plain = Router(4, 3)
+    plain.load_state_dict({k: v for k, v in router.state_dict().items() if "peft" not in k})
+    change = 2 * torch.full((3, 8), 0.5) @ torch.full((8, 4), 0.5)
+    torch.testing.assert_close(scores, plain(x)[1] + x @ change.T)

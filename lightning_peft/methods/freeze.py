@@ -17,6 +17,8 @@ from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.targets import Patterns, trained_in_place
 
+_USUAL = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Freeze(Method):
@@ -28,8 +30,9 @@ class Freeze(Method):
 
     kind: ClassVar[str] = "freeze"
 
-    layers: int = 2
-    """How many of the top layers are trained from the start; what stands above them is too."""
+    layers: int | None = None
+    """How many of the top layers are trained from the start, and what stands above them; None
+    trains two, or one where the model has no more (ALBERT shares one)."""
 
     patterns: Patterns = ()
     """Patterns of further modules or parameters to train (`*.bias`, `embeddings`)."""
@@ -38,18 +41,19 @@ class Freeze(Method):
     """Epoch (from 0) to number of top layers trained from then on, such as {1: 4, 2: 6}."""
 
     def __post_init__(self) -> None:
-        if self.layers < 0:
+        if self.layers is not None and self.layers < 0:
             raise ConfigError(f"`layers` must not be negative, but is {self.layers} instead.")
-        steps = [(0, self.layers), *sorted((int(e), int(n)) for e, n in self.schedule.items())]
+        start = _USUAL if self.layers is None else self.layers
+        steps = [(0, start), *sorted((int(e), int(n)) for e, n in self.schedule.items())]
         if any(e <= d or n <= m for (d, m), (e, n) in itertools.pairwise(steps)):
             raise ConfigError(
-                f"`schedule` must map later epochs to more than {self.layers} layers, "
+                f"`schedule` must map later epochs to more than {start} layers, "
                 f"but is {dict(self.schedule)} instead."
             )
 
     def in_place(self, model: nn.Module) -> list[str]:
         """Return everything that is trained at some time; it is all declared at the start."""
-        most = max([self.layers, *self.schedule.values()])
+        most = max([self._start(model), *self.schedule.values()])
         names = self._top(model, most)
         if most:
             names += anatomy.above_layers(model)
@@ -60,8 +64,13 @@ class Freeze(Method):
         starts: dict[str, int] = {}
         for epoch, count in sorted(self.schedule.items(), reverse=True):
             starts |= dict.fromkeys(self._top(model, count), int(epoch))
-        first = {*self._top(model, self.layers)}
+        first = {*self._top(model, self._start(model))}
         return {name: epoch for name, epoch in starts.items() if name not in first}
+
+    def _start(self, model: nn.Module) -> int:
+        if self.layers is not None:
+            return self.layers
+        return min(_USUAL, len(anatomy.layers(model))) or _USUAL  # which refuses a model of none
 
     def _top(self, model: nn.Module, count: int) -> list[str]:
         stack = anatomy.layers(model)

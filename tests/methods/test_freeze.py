@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AlbertConfig, AlbertModel
 
 from lightning_peft import Freeze, inject
 from lightning_peft.errors import ConfigError, TargetError
@@ -97,9 +98,21 @@ def test_more_layers_than_there_are(settings: dict[str, Any], build: Build) -> N
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_model_without_layers_says_so(build: Build) -> None:
+@pytest.mark.parametrize("method", [Freeze(), Freeze(layers=1)])
+def test_a_model_without_layers_says_so(method: Freeze, build: Build) -> None:
     with pytest.raises(TargetError, match="`layers` must be at most 0"):
-        inject(build("mlp").model, Freeze(layers=1))
+        inject(build("mlp").model, method)
+
+
+def test_the_usual_two_layers_or_as_many_as_there_are(build: Build) -> None:
+    assert roots(inject(build("bert").model, Freeze()), 4) >= {
+        f"bert.encoder.layer.{i}" for i in (0, 1)
+    }
+    shared = AlbertModel(
+        AlbertConfig(vocab_size=8, embedding_size=8, hidden_size=8, num_attention_heads=2,
+                     intermediate_size=8)
+    )  # fmt: skip
+    assert any("albert_layer_groups.0" in name for name in inject(shared, Freeze()).in_place)
 
 
 def test_a_frozen_trunk_needs_no_graph(build: Build) -> None:
