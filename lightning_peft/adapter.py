@@ -26,6 +26,7 @@ from lightning_peft.delta import (
 )
 from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.fingerprint import fingerprint
+from lightning_peft.optimizers import parameter_groups
 
 if TYPE_CHECKING:
     from lightning_peft.method import Method
@@ -87,6 +88,12 @@ class Adapter:
         hosts = [(name, key, modules[name]) for name, key in self._hosts]
         return [(name, host, cast(Delta, slot_of(host)[key])) for name, key, host in hosts]
 
+    def deltas_of(self, method: "Method") -> dict[str, Delta]:
+        """Return the deltas of one of the adapter's methods by the name of their host."""
+        key, modules = f"{self.name}_{method.kind}", _modules(self.model)
+        hosts = [host for host, own in self._hosts if own == key]
+        return {host: cast(Delta, slot_of(modules[host])[key]) for host in hosts}
+
     @functools.cached_property
     def base_fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the frozen base, which never changes and is thus taken once."""
@@ -118,6 +125,29 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained, sorted by name."""
         return list(self.named_parameters().values())
+
+    def parameter_groups(
+        self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return what is trained as an optimizer's groups, each sorted by name.
+
+        Args:
+            lr: learning rate of what was added, which a method may scale (LoRA+).
+            weight_decay: of matrices; biases and norms have none.
+            head_lr: learning rate of what is trained in place; None takes `lr`.
+        """
+        return parameter_groups(self, lr, weight_decay, head_lr)
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """By name, how many times faster a parameter learns, where it is not once."""
+        methods = {f"{self.name}_{method.kind}": method for method in self.methods}
+        scales = {}
+        for name in self.named_parameters():
+            key, _, rest = name.partition(f"{SLOT}.")[2].partition(".")
+            if key in methods:
+                scales[name] = methods[key].lr_scale(rest)
+        return {name: scale for name, scale in scales.items() if scale != 1}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors and the buffers that they need, by the model's own keys."""

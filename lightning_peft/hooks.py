@@ -11,14 +11,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_peft import averaging, finite, modes, random_state
+from lightning_peft import averaging, finite, modes, random_state, steps
 from lightning_peft import checkpoint as content
 from lightning_peft.adapter import Adapter, adapters_of
 from lightning_peft.delta import subclass, superclass
 from lightning_peft.errors import AdapterError
 from lightning_peft.export import save_final
 from lightning_peft.injection import Injection
-from lightning_peft.optimizers import keep_trainable
+from lightning_peft.optimizers import check_scales, keep_trainable, optimizers_in
 
 
 class PEFTHooks:
@@ -76,6 +76,9 @@ class PEFTHooks:
         """Leave in the module's optimizers what is trained, and let layers recompute."""
         configured = super().configure_optimizers()  # type: ignore[misc]
         keep_trainable(configured, content.trained(self))
+        check_scales(configured, self.peft_adapter)
+        for optimizer in optimizers_in(configured) if steps.steers(self.peft_adapter) else ():
+            optimizer.register_step_post_hook(self._peft_after_step)
         # Here, since a learning-rate finder trains before `on_fit_start` comes to the module.
         modes.prepare(cast(nn.Module, self), self.peft_injection.within)
         return configured
@@ -104,10 +107,20 @@ class PEFTHooks:
         """Hold back what a schedule does not train yet; stop before a non-finite step."""
         if self._peft_fitted is not None:
             self._peft_fitted.hold_back(cast(Any, self).current_epoch)
+            steps.before_step(self._peft_fitted, *self._peft_progress())
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         loss, self._peft_loss = self._peft_loss, None
         if self._peft_fitted is not None:  # a learning-rate finder diverges on purpose
             finite.require_finite(cast(Any, self), loss, optimizer)
+
+    def _peft_after_step(self, optimizer: Any, *_: Any) -> None:
+        if self._peft_fitted is not None:
+            steps.after_step(self._peft_fitted, optimizer, *self._peft_progress())
+
+    def _peft_progress(self) -> tuple[int, float]:
+        """Return the present optimizer step, counted from 0, and how many there are in all."""
+        trainer = cast(Any, self).trainer
+        return trainer.global_step, trainer.estimated_stepping_batches
 
     def on_validation_start(self) -> None:
         """Keep the base exact in what an averaging callback is about to swap in."""

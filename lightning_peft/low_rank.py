@@ -19,7 +19,7 @@ from lightning_peft import anatomy
 from lightning_peft.delta import Delta, NotMergeable
 from lightning_peft.errors import AdapterError, ConfigError, TargetError, near_misses
 from lightning_peft.ops.low_rank import add_low_rank
-from lightning_peft.targets import Patterns, Targets, as_targets, matches
+from lightning_peft.targets import Fits, Patterns, Targets, as_targets, matches
 
 ADAPTABLE = "Linear, Conv1D, Embedding, Conv1d, Conv2d, MultiheadAttention and fused experts"
 
@@ -44,6 +44,11 @@ class Site:
         """The shape `(..., out, in)` of the weight as a matrix."""
         *stack, out, into = self.weight
         return (*stack, into, out) if self.transposed else self.weight
+
+    @property
+    def stack(self) -> Shape:
+        """The shape of the stack of matrices, empty for a single one."""
+        return self.matrix_shape[:-2]
 
     def shapes(self, r: int) -> tuple[Shape, Shape]:
         """Return the shapes of A and B for a rank."""
@@ -340,11 +345,16 @@ def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether a product can change the module, which is no convolution in groups."""
+    return can_adapt(module) and getattr(module, "groups", 1) == 1
+
+
 def has_matrix(module: nn.Module) -> bool:
     """Whether a product can change the module and its weights are matrices of plain numbers."""
     weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
     plain = all(weight.is_floating_point() for weight in weights) and bool(weights)
-    return can_adapt(module) and plain and getattr(module, "groups", 1) == 1
+    return is_whole(module) and plain
 
 
 def fresh_factors(site: Site, like: Tensor, r: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -357,11 +367,14 @@ def find_hosts(
     model: nn.Module,
     targets: Targets | Patterns | None,
     layers: Sequence[int] | None,
-    fits: Callable[[nn.Module], bool] = can_adapt,
+    fits: Fits = can_adapt,
 ) -> dict[str, nn.Module]:
     """Return the modules that a method of the family changes, by name."""
-    what = ADAPTABLE if fits is can_adapt else f"{ADAPTABLE}, neither quantised nor in groups"
-    return as_targets(targets, layers).find(model, fits, what)
+    besides: dict[Fits, str] = {
+        is_whole: ", not in groups",
+        has_matrix: ", neither quantised nor in groups",
+    }
+    return as_targets(targets, layers).find(model, fits, ADAPTABLE + besides.get(fits, ""))
 
 
 def check_rank(r: int, dropout: float = 0.0) -> None:

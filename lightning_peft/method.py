@@ -1,12 +1,13 @@
 """A method is a set of frozen settings that says what an adapter adds to a model."""
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.anatomy import head_parameters
@@ -27,6 +28,9 @@ class Method(ABC):
     starts_as_base: ClassVar[bool] = True
     """Whether a fresh adapter leaves every output bitwise as it was."""
 
+    steers: ClassVar[bool] = False
+    """Whether the method acts before or after optimizer steps."""
+
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return the deltas to attach by the dotted name of their host module."""
         return {}
@@ -38,6 +42,36 @@ class Method(ABC):
     def start_epochs(self, model: nn.Module) -> dict[str, int]:
         """Return, by name, the epoch from which a parameter is trained, where it is not 0."""
         return {}
+
+    def lr_scale(self, parameter: str) -> float:
+        """Return by what factor a parameter of a delta (`lora_B`) learns faster than others."""
+        return 1.0
+
+    def before_step(  # noqa: B027
+        self, deltas: Mapping[str, Delta], step: int, steps: int
+    ) -> None:
+        """Change the gradients, which are complete, before an optimizer step, if it `steers`.
+
+        Args:
+            deltas: the method's deltas by the name of their host.
+            step: the optimizer step that is about to be taken, counted from 0.
+            steps: how many there are in all.
+        """
+
+    def after_step(  # noqa: B027
+        self, deltas: Mapping[str, Delta], optimizer: Optimizer, step: int, steps: int
+    ) -> None:
+        """Change the parameters after an optimizer step, if it `steers`; gradients are still there.
+
+        What must be kept from step to step belongs into `optimizer.state[parameter]`, as tensors of
+        the parameter's shape or smaller: it is then in every checkpoint, and in no adapter's file.
+
+        Args:
+            deltas: the method's deltas by the name of their host.
+            optimizer: which took the step.
+            step: the optimizer step that was just taken, counted from 0.
+            steps: how many there are in all.
+        """
 
 
 @torch.inference_mode(False)  # what is made here is trained, whatever context it is made in

@@ -168,7 +168,8 @@ class PEFTModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over what is trained, and its schedule by optimizer step."""
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr)
+        groups = self.adapter.parameter_groups(self.lr, self.hparams["weight_decay"], self.head_lr)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
         steps, course = self.trainer.estimated_stepping_batches, self.hparams["schedule"]
         if steps == float("inf"):
             raise ConfigError(
@@ -186,17 +187,6 @@ class PEFTModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Group by learning rate and by whether the weight decays, each sorted by name."""
-        in_place = set(self.adapter.in_place)
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.adapter.named_parameters().items():
-            head_lr = self.lr if self.head_lr is None else self.head_lr
-            rate = head_lr if name in in_place else self.lr
-            decay = self.hparams["weight_decay"] if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-        return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
     def _evaluate(self, batch: Any, split: str, metrics: MetricCollection) -> None:
         out = self.task.step(self.model, batch)

@@ -1,12 +1,15 @@
 """Which parameters an optimizer holds: exactly those that are trained, in a fixed order."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_peft.adapter import Adapter
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
@@ -35,6 +38,46 @@ def keep_trainable(configured: Any, trained: Mapping[str, nn.Parameter]) -> None
             "it cannot join one later: list the parameters there (`self.parameters()`), not before."
         )
     _join(optimizers[0].param_groups[0], absent, trained)
+
+
+def parameter_groups(
+    adapter: "Adapter", lr: float, weight_decay: float, head_lr: float | None
+) -> list[dict[str, Any]]:
+    """Group by learning rate and by whether the weight decays, each sorted by name.
+
+    Args:
+        adapter: what is trained.
+        lr: learning rate of what was added, which a method may scale.
+        weight_decay: of matrices; biases and norms have none.
+        head_lr: learning rate of what is trained in place; None takes `lr`.
+    """
+    in_place, scales = set(adapter.in_place), adapter.lr_scales
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in adapter.named_parameters().items():
+        rate = lr if head_lr is None or name not in in_place else head_lr
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rate * scales.get(name, 1.0), decay), []).append(parameter)
+    return [{"params": p, "lr": rate, "weight_decay": wd} for (rate, wd), p in groups.items()]
+
+
+def check_scales(configured: Any, adapter: "Adapter") -> None:
+    """Refuse a group whose parameters a method lets learn at different rates.
+
+    Raises:
+        ConfigError: there is such a group.
+    """
+    if not (scales := adapter.lr_scales):
+        return
+    named = {id(p): name for name, p in adapter.named_parameters().items()}
+    for group in (group for o in optimizers_in(configured) for group in o.param_groups):
+        names = [named.get(id(p), "") for p in group["params"]]
+        faster = [name for name in names if name in scales]
+        if len({scales.get(name, 1.0) for name in names}) > 1:
+            raise ConfigError(
+                f"`{faster[0]}` must learn {scales[faster[0]]:g} times as fast as others, but "
+                "shares an optimizer's group with them: build the optimizer in "
+                "`configure_optimizers` from `self.peft_adapter.parameter_groups(lr=...)`."
+            )
 
 
 def group_names(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[list[str]]:
