@@ -19,6 +19,13 @@ from lightning_peft.delta import SLOT
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+_KEYS_VALUES = re.compile(
+    r"(w|to_|project_|projection_)?(k|v|kv|qkv|key|value|query_key|query_key_value|keys_values|"
+    r"queries_keys_values)(_proj|_b_proj|_lin|_head|_proj_current|_proj_delayed|_global)?"
+    r"|c_attn|in_proj"
+)
+"""The field's names of projections onto keys and values, alone or fused."""
+
 _OUTPUT_NAME = re.compile(r"(o|w_?o|c|(attention_|to_)?out|output|dense|final)(_?(proj|lin))?")
 """The field's names of an output projection, to tell it from a gate of the same shape."""
 
@@ -67,6 +74,28 @@ def feed_forwards(model: nn.Module) -> list[SubLayer]:
 def feed_forward_outputs(model: nn.Module) -> list[Named]:
     """Return what computes the output of each of `feed_forwards`."""
     return [s.output for s in feed_forwards(model)]
+
+
+def keys_and_values(attention: Named) -> list[Named]:
+    """Return what projects onto keys and values inside an attention module.
+
+    One layer that projects onto queries, keys and values together counts. `nn.MultiheadAttention`
+    reads its weights itself: it is returned as a whole.
+    """
+    name, module = attention
+    if isinstance(module, nn.MultiheadAttention):
+        return [attention]
+    return [(n, m) for n, m in _linears(name, module) if _KEYS_VALUES.fullmatch(_leaf(n))]
+
+
+def last_projections(sublayer: SubLayer, width: int) -> list[Named]:
+    """Return what projects a feed-forward's inner activations: one layer, or that of each expert.
+
+    Experts whose weights are fused into one tensor are returned as the module that owns them.
+    """
+    if is_linear(sublayer.output[1]):
+        return [sublayer.output]
+    return list(_each_expert(*sublayer.output, width))
 
 
 def fan(module: nn.Module) -> tuple[int, int]:
@@ -188,6 +217,18 @@ def _whole(index: int, name: str, block: nn.Module) -> list[SubLayer]:
     return [SubLayer(index, False, (name, block), (name, block), (name, block))]
 
 
+def _each_expert(name: str, module: nn.Module, width: int) -> Iterator[Named]:
+    if anatomy.read_weights(module):
+        yield name, module
+        return
+    for key, child in module.named_children():
+        full = _join(name, key)
+        if isinstance(child, _LISTS) or _has_experts(child):
+            yield from _each_expert(full, child, width)
+        elif child._modules and (found := _output_projection(full, child, width)):
+            yield found
+
+
 def _substantial(found: list[SubLayer]) -> list[SubLayer]:
     """Leave out small branches beside the feed-forward, such as gates of norms."""
     sizes = [sum(p.numel() for m in _ends(s) for p in m.parameters()) for s in found]
@@ -264,6 +305,10 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _length(norm: Any) -> int:
     return len(norm.weight)
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(".linear").rpartition(".")[2].lower()
 
 
 def _join(*parts: str) -> str:
