@@ -57,13 +57,20 @@ def virtual_deltas(
     core, decoder = _split(model, cores)
     table = _table(core)
     virtual = make(core.module.get_submodule(table))
-    ahead = 0 if decoder or is_causal(core) or layout == "peft" else 1
-    first = layout == "peft" and not decoder and not is_causal(core)
-    ids, room = tuple(arrange(virtual.ids)), _room(core.module)
-    enter = Enter(core.arguments, table, ids, ahead, decoder is None, first, room)
+    reads_first = decoder is None and not is_causal(core)
+    enter = Enter(
+        core.arguments,
+        table,
+        arrange(virtual.ids),
+        skip=int(reads_first and layout == "clean"),
+        leave=decoder is None,
+        first=reads_first and layout == "peft",
+        room=_room(cores[0], len(arrange(virtual.ids))),
+    )
     found: dict[str, Delta] = {core.name: enter, _join(core.name, table): virtual}
-    found |= {_join(core.name, name): Placeless() for name in _further_tables(core, table)}
-    return found | ({decoder.name: Attended(decoder.arguments, len(ids))} if decoder else {})
+    for name, names in _further_readers(core, table):
+        found[_join(core.name, name)] = Placeless(names)
+    return found | ({decoder.name: Attended(decoder.arguments, len(enter.ids))} if decoder else {})
 
 
 def is_causal(core: Candidate) -> bool:
@@ -105,7 +112,19 @@ def _split(model: nn.Module, cores: list[Candidate]) -> tuple[Candidate, Candida
     if len(others) == 1 and "encoder_hidden_states" in others[0].arguments:
         return first, others[0]
     around = [c for c in _candidates(model, "input_ids") if all(_inside(i, c) for i in cores)]
-    return (around[-1] if others and around else first), None
+    if others and around:
+        return around[-1], None
+    # What merges images into the text prepares masks for both: it must know of the tokens.
+    outer = [c for c in around if _merges(c)]
+    return (outer[0] if outer else first), None
+
+
+def _merges(candidate: Candidate) -> bool:
+    """Whether a module puts images or sounds among the words, and has no head of its own."""
+    other = ("pixel_values", "input_features", "image_", "audio_", "video_")
+    names, own = candidate.arguments, candidate.module._modules
+    headless = getattr(candidate.module, "base_model_prefix", "") not in own
+    return headless and "inputs_embeds" in names and any(n.startswith(other) for n in names)
 
 
 def _table(core: Candidate) -> str:
@@ -128,22 +147,33 @@ def _table(core: Candidate) -> str:
     )
 
 
-def _further_tables(core: Candidate, table: str) -> list[str]:
-    """Return the other tables that are as large as the vocabulary: they are given ids too."""
+def _further_readers(core: Candidate, table: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return what else looks ids up: tables as large as the vocabulary, layers that take ids."""
     words = getattr(core.module.get_submodule(table), "num_embeddings", None)
-    others = [(n, t) for n, t in anatomy.embeddings(core.module) if n != table]
-    return [
-        n
-        for n, t in others
-        if words and t.num_embeddings >= words and not _POSITIONS.fullmatch(n.rpartition(".")[2])
-    ]
+    tables = [(n, t) for n, t in anatomy.embeddings(core.module) if n != table and words]
+    large = [(n, t) for n, t in tables if t.num_embeddings >= (words or 0) and not _places(n)]
+    blocks = [(n, m) for n, m in anatomy.layers(core.module) if "input_ids" in _arguments(m)]
+    return [(name, _arguments(module)) for name, module in (*large, *blocks)]
 
 
-def _room(core: nn.Module) -> int | None:
-    """Return how many positions a table of learned ones has for a text."""
-    for name, table in anatomy.embeddings(core):
-        if _POSITIONS.fullmatch(name.rpartition(".")[2]) and table.weight.requires_grad:
-            return table.num_embeddings - _offset(table)
+def _places(name: str) -> bool:
+    return _POSITIONS.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def _room(core: Candidate, tokens: int) -> int | None:
+    """Return how many positions a table of learned ones has for a text.
+
+    Raises:
+        TargetError: the tokens alone take all of them.
+    """
+    for name, table in anatomy.embeddings(core.module):
+        if _places(name) and "Sinusoidal" not in type(table).__name__:  # those go on for ever
+            if (room := table.num_embeddings - _offset(table)) <= tokens:
+                raise TargetError(
+                    f"`tokens` must leave places for a text among the {room} learned positions of "
+                    f"{type(core.module).__name__}, but they take {tokens}."
+                )
+            return room
     return None
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.delta import Delta
+from lightning_peft.delta import Delta, slot_of
 from lightning_peft.errors import AdapterError
 from lightning_peft.ops.places import Place, behind_padding
 
@@ -73,7 +73,7 @@ class Virtual(Delta):
         if self.image:
             return args, kwargs
         (name, ids), *rest = kwargs.items() if not args else [("", args[0])]
-        if ids.dim() == 0 or ids.shape[-1] < self.tokens:  # they enter all or none
+        if ids.numel() < self.tokens:  # they enter all or none, so none did
             return args, kwargs
         known = torch.where(self._are_mine(ids), 0, ids)
         setattr(known, _IDS, (*getattr(ids, _IDS, ()), (self, ids)))
@@ -145,13 +145,13 @@ class Enter(Delta):
         place = Place(_start(mask, self.skip), len(self.ids))
         past, capacity = _past(given)
         if past:
-            self._check_continued(given, key, past)
+            self._check_continued(host, given, key, past)
             changes = {k: v + place.size for k, v in _positions(given)}
         else:
             self._check_room(given[key].shape[1], capacity)
             changes = self._entered(host, given, key, place)
         if mask is not None:
-            changes["attention_mask"] = _widened(mask, place, not past, capacity)
+            changes["attention_mask"] = _widened(mask, place, past or None, capacity)
         return args[len(self.names) :], given | changes
 
     def forward(
@@ -198,11 +198,14 @@ class Enter(Delta):
                 "use a dynamic one."
             )
 
-    def _check_continued(self, given: dict[str, Any], key: str, past: Any) -> None:
-        mask, n = given.get("attention_mask"), len(self.ids)
+    def _check_continued(self, host: nn.Module, given: dict[str, Any], key: str, past: Any) -> None:
+        mask = given.get("attention_mask")
         if not isinstance(past, int) or not isinstance(mask, Tensor) or mask.dim() != 2:
             return
-        if mask.shape[1] > past - n + given[key].shape[1]:
+        deltas = list(slot_of(host).values())  # those before this one have widened the mask
+        entering = [d for d in deltas[deltas.index(self) :] if isinstance(d, Enter) and d.active]
+        n = sum(len(delta.ids) for delta in entering)
+        if mask.shape[1] != past - n + given[key].shape[1]:
             raise AdapterError(
                 f"The mask covers {mask.shape[1]} tokens, but the cache holds {past - n} of the "
                 f"text (and {n} virtual ones) and {given[key].shape[1]} are new: to go on from a "
@@ -244,20 +247,30 @@ class Attended(Delta):
         if states.shape[1] < mask.shape[1] + self.tokens:
             return args, kwargs
         place = Place(_start(mask, 0), self.tokens)
-        wider = {"encoder_attention_mask": place.open_mask(mask, entering=False)}
+        wider = {"encoder_attention_mask": place.open_mask(mask)}
         return args[len(self.names) :], given | wider
 
 
 class Placeless(Delta):
-    """On a further table of ids: the placeholders count as id 0 there."""
+    """On a module that reads ids for another purpose: the placeholders count as id 0 there."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
 
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Replace negative ids."""
-        if args:
-            return (args[0].clamp(min=0), *args[1:]), kwargs
-        return args, {k: v.clamp(min=0) if i == 0 else v for i, (k, v) in enumerate(kwargs.items())}
+        at = self.names.index("input_ids") if "input_ids" in self.names else 0
+        if at < len(args):
+            return (*args[:at], _known(args[at]), *args[at + 1 :]), kwargs
+        name = self.names[at]
+        return args, kwargs | {name: _known(kwargs[name])} if name in kwargs else kwargs
+
+
+def _known(ids: Any) -> Any:
+    return ids.clamp(min=0) if isinstance(ids, Tensor) else ids
 
 
 def _text(given: Mapping[str, Any]) -> str | None:
@@ -314,7 +327,7 @@ def _filling(value: Tensor, place: Place) -> Any:
     return place.at_start(value) if classes else 0
 
 
-def _widened(mask: Any, place: Place, entering: bool, capacity: int) -> Any:
+def _widened(mask: Any, place: Place, past: Any, capacity: int) -> Any:
     """Return the mask, or the masks by the kind of layer, over the text and the tokens.
 
     Raises:
@@ -326,8 +339,8 @@ def _widened(mask: Any, place: Place, entering: bool, capacity: int) -> Any:
                 "A prepared mask for a sliding window cannot be widened by virtual tokens: use a "
                 "dynamic cache, or pass the two-dimensional `attention_mask`."
             )
-        return {name: _widened(m, place, entering, capacity) for name, m in mask.items()}
-    return None if mask is None else place.open_mask(mask, entering, capacity)
+        return {name: _widened(m, place, past, capacity) for name, m in mask.items()}
+    return None if mask is None else place.open_mask(mask, past, capacity)
 
 
 class _Leaving(NamedTuple):

@@ -58,20 +58,30 @@ class Place(NamedTuple):
         wider = wider + self._index(wider, dim, batch).clamp(0, self.size)
         return wider if x.dim() > 1 else wider[0]
 
-    def open_mask(self, mask: Tensor, entering: bool, capacity: int = -1) -> Tensor:
+    def open_mask(
+        self, mask: Tensor, past: Tensor | int | None = None, capacity: int = -1
+    ) -> Tensor:
         """Return a mask over the text and the tokens.
 
         Args:
             mask: `(batch, keys)`, or `(batch, ..., queries, keys)`, there true or 0.0 where a query
                 sees a key.
-            entering: whether the tokens are among the queries, or among the keys only.
-            capacity: the number of keys of a static cache, which the mask covers.
+            past: the number of keys before the first query, where the tokens are among those; None
+                where they are among the queries.
+            capacity: the number of keys of a static cache, all of which the mask covers.
         """
-        seen = 0 if mask.dim() > 2 and mask.is_floating_point() else 1
+        per_query = mask.dim() > 2
+        seen = 0 if per_query and mask.is_floating_point() else 1
         wider = self.open(mask, seen, mask.dim() - 1)
-        if mask.dim() > 2 and entering:
+        if per_query and past is None:
             wider = self.open(wider, self._among_themselves(wider, seen), mask.dim() - 2)
-        return wider[..., :capacity] if mask.dim() > 2 and capacity > 0 else wider
+        if per_query and capacity > 0:
+            wider = wider[..., :capacity]
+        if per_query and past is not None:  # it may have known of the tokens in the cache
+            at, key = (torch.arange(n, device=mask.device) for n in wider.shape[-2:])
+            reached = key <= at[:, None] + past
+            wider = torch.where(reached, wider, _hidden(wider)).to(mask.dtype)
+        return wider
 
     def at_start(self, x: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
         """Return what `x` holds where the tokens are about to enter, of length 1 at `dim`."""
@@ -85,12 +95,11 @@ class Place(NamedTuple):
     def _among_themselves(self, wider: Tensor, seen: int) -> Tensor:
         """Return the rows of a mask for the tokens: each sees those up to itself."""
         keys, queries = wider.shape[-1], wider.shape[-2] + self.size
-        hidden = torch.finfo(wider.dtype).min if wider.is_floating_point() else 0
         at, key = (torch.arange(n, device=wider.device) for n in (queries, keys))
         start = self.start if isinstance(self.start, int) else self.start[..., None]
         causal = (key >= start) & (key <= at[:, None])
         shape = (-1, *[1] * (wider.dim() - 3), queries, keys)
-        return torch.where(causal, seen, hidden).to(wider.dtype).view(shape)
+        return torch.where(causal, seen, _hidden(wider)).to(wider.dtype).view(shape)
 
     def _index(self, x: Tensor, dim: int, batch: int) -> Tensor:
         """Return the index of each entry relative to `start`, shaped to broadcast to `x`."""
@@ -100,6 +109,10 @@ class Place(NamedTuple):
         if at.dim() > 1:
             shape[batch] = at.shape[0]
         return at.view(shape)
+
+
+def _hidden(mask: Tensor) -> float | int:
+    return torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
 
 
 def behind_padding(mask: Tensor | None, skip: int) -> Tensor | int:
