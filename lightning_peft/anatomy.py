@@ -4,6 +4,10 @@ Found by structure, not by a list of model names: a layer stack is a container o
 head is what stands behind the pretrained core, and so on. Every function skips what adapters added.
 """
 
+import functools
+import inspect
+import re
+import types
 from collections.abc import Iterator
 from typing import cast
 
@@ -19,6 +23,12 @@ _NORMS = (
     nn.modules.batchnorm._NormBase,
 )
 _UNCALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+_READ = re.compile(
+    r"(?<!isinstance\()\bself\.(\w+)\.weight\b"
+    r"(?!\s*=[^=]|\.(?:dtype|device|shape|data|size|dim|ndim|numel|requires_grad|_\w+))"
+)
+"""Code that reads a child's weight for its values."""
+
 _HEAD_NAMES = ("classifier", "score", "head", "fc")
 """The field's usual names of a task head, for a model without a layer stack to stand behind."""
 
@@ -73,6 +83,46 @@ def read_weights(module: nn.Module) -> list[str]:
         return [name for name, _ in named if name.endswith("proj_weight")]
     speaks = "expert" in type(module).__name__.lower()
     return [name for name, weight in named if speaks and weight.dim() == 3]
+
+
+def read_by_parents(model: nn.Module) -> set[str]:
+    """Return the names of linear layers whose weight the parent's code reads as a tensor.
+
+    Instead of calling the layer, or beside it: state-space mixers hand weights to a fused kernel.
+    What acts on the weight as it is read acts either way.
+    """
+    return {
+        f"{name}.{child}".lstrip(".")
+        for name, parent in base_modules(model)
+        for child in _children_read(type(parent))
+        if _is_plain_linear(parent._modules.get(child))
+    }
+
+
+@functools.cache
+def _children_read(cls: type) -> frozenset[str]:
+    """Return the attributes of which the code of a class reads `weight`, by its source."""
+    own = [c for c in cls.__mro__ if not c.__module__.startswith(("torch.nn.", "builtins"))]
+    code = [f for c in own for f in map(_code, vars(c).values()) if f and "weight" in f.co_names]
+    running = [f for f in code if "init" not in f.co_name and "tie" not in f.co_name]
+    return frozenset(name for each in running for name in _READ.findall(_source(each)))
+
+
+def _code(value: object) -> types.CodeType | None:
+    function = inspect.unwrap(value) if inspect.isfunction(value) else value
+    return getattr(function, "__code__", None)
+
+
+def _source(code: types.CodeType) -> str:
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):  # a class typed into an interpreter
+        return ""
+
+
+def _is_plain_linear(module: nn.Module | None) -> bool:
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return linear and module.weight.is_floating_point()  # type: ignore[union-attr,operator]
 
 
 def _is_own_linear(module: nn.Module) -> bool:

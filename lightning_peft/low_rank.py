@@ -6,6 +6,7 @@ A `Site` knows how such a product acts beside one kind of host; a `Product` is a
 what its factors are made of. So a method of LoRA's family states its own arithmetic alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -297,15 +298,32 @@ def can_adapt(module: nn.Module) -> bool:
     return called or bool(anatomy.read_weights(module))
 
 
-def delta_for(host: nn.Module, make: Callable[[Site, Tensor], Product]) -> Delta:
-    """Return the delta for `host`, whose product for each of its weights `make` builds."""
-    weights = {name: host._parameters[name] for name in anatomy.read_weights(host)}
-    if not weights:
-        weight: Any = host.weight
-        return make(site_of(host), weight)
+def deltas_for(
+    model: nn.Module,
+    hosts: Mapping[str, nn.Module],
+    make: Callable[[str, Site, Tensor], Product],
+) -> dict[str, Delta]:
+    """Return a delta for each of `hosts`, whose products `make` builds.
+
+    Args:
+        model: which holds the hosts.
+        hosts: by their names in the model.
+        make: takes a host's name, a site and the weight there.
+    """
+    read = anatomy.read_by_parents(model)
+    return {
+        name: _delta_for(host, functools.partial(make, name), name in read)
+        for name, host in hosts.items()
+    }
+
+
+def _delta_for(host: Any, make: Callable[[Site, Tensor], Product], read: bool) -> Delta:
+    names = ["weight"] if read else anatomy.read_weights(host)
+    if not names:
+        return make(site_of(host), host.weight)
     turned = getattr(host, "is_transposed", False)
-    parts = {n: (Site(tuple(w.shape), turned), w) for n, w in weights.items() if w is not None}
-    return Parts({name: make(site, weight) for name, (site, weight) in parts.items()})
+    weights: dict[str, Tensor] = {name: host._parameters[name] for name in names}
+    return Parts({n: make(Site(tuple(w.shape), turned), w) for n, w in weights.items()})
 
 
 def site_of(host: Any) -> Site:

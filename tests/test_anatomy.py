@@ -275,3 +275,22 @@ def test_a_linear_layer_with_a_forward_pass_of_its_own_is_changed_by_its_weight(
     plain.load_state_dict({k: v for k, v in router.state_dict().items() if "peft" not in k})
     change = 2 * torch.full((3, 8), 0.5) @ torch.full((8, 4), 0.5)
     torch.testing.assert_close(scores, plain(x)[1] + x @ change.T)
+
+
+def test_linear_layers_whose_weight_the_parent_reads() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.both, self.called, self.cast = (nn.Linear(4, 4) for _ in range(4))
+            self.set = nn.Linear(4, 4)
+            self.set.weight = self.called.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.cast(x.to(self.cast.weight.dtype))
+            if isinstance(self.called.weight, torch.Tensor):
+                x = self.called(self.set(x))
+            return self.both(x) @ self.read.weight.T + self.both.weight.sum()
+
+    model = nn.Sequential(Mixer())
+    assert anatomy.read_by_parents(model) == {"0.read", "0.both"}
+    assert anatomy.read_by_parents(nn.TransformerEncoderLayer(8, 2)) == set()

@@ -24,7 +24,7 @@ from lightning_peft.low_rank import (
     Product,
     Site,
     check_rank,
-    delta_for,
+    deltas_for,
     find_hosts,
     fresh,
     fresh_factors,
@@ -104,7 +104,7 @@ class AdaLoRA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a product of three for each target."""
         hosts = find_hosts(model, self.targets, self.layers, is_whole)
-        return {name: delta_for(host, self._delta) for name, host in hosts.items()}
+        return deltas_for(model, hosts, self._delta)
 
     def before_step(self, deltas: Mapping[str, Delta], step: int, steps: int) -> None:
         """Add the gradient of the penalty."""
@@ -146,7 +146,7 @@ class AdaLoRA(Method):
         left = 1 - (step - begin) / max(1, end - begin)
         return min(1.0, max(0.0, left)) ** 3
 
-    def _delta(self, site: Site, like: Tensor) -> Product:
+    def _delta(self, name: str, site: Site, like: Tensor) -> Product:
         return Triplets(site, like, self.init_r, self.alpha, self.dropout)
 
     def _observe(self, triplet: "Triplets", optimizer: Optimizer) -> None:

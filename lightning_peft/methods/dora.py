@@ -20,7 +20,7 @@ from lightning_peft.low_rank import (
     Product,
     Site,
     check_rank,
-    delta_for,
+    deltas_for,
     find_hosts,
     fresh,
     fresh_factors,
@@ -62,9 +62,9 @@ class DoRA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a decomposed low-rank delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers, has_matrix)
-        return {name: delta_for(host, self._delta) for name, host in hosts.items()}
+        return deltas_for(model, hosts, self._delta)
 
-    def _delta(self, site: Site, like: Tensor) -> Product:
+    def _delta(self, name: str, site: Site, like: Tensor) -> Product:
         return Decomposed(site, like, self.r, self.alpha / self.r, self.dropout)
 
 

@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
 from lightning_peft.low_rank import (
     LowRank,
+    Product,
+    Site,
     check_patterns,
     check_rank,
-    delta_for,
+    deltas_for,
     find_hosts,
     first_match,
 )
@@ -74,7 +76,7 @@ class LoRA(Method):
         hosts = self._hosts(model)
         if patterns := (*self.rank_pattern, *self.alpha_pattern):
             check_patterns(patterns, hosts, "LoRA")
-        return {name: self._delta(name, host) for name, host in hosts.items()}
+        return deltas_for(model, hosts, self._delta)
 
     def in_place(self, model: nn.Module) -> list[str]:
         """Return the biases to train, as `bias` says."""
@@ -88,8 +90,8 @@ class LoRA(Method):
     def _hosts(self, model: nn.Module) -> dict[str, nn.Module]:
         return find_hosts(model, self.targets, self.layers)
 
-    def _delta(self, name: str, host: nn.Module) -> Delta:
+    def _delta(self, name: str, site: Site, like: Tensor) -> Product:
         r = first_match(self.rank_pattern, name, self.r)
         alpha = first_match(self.alpha_pattern, name, self.alpha)
         scale = alpha / (math.sqrt(r) if self.rslora else r)
-        return delta_for(host, lambda site, like: LowRank(site, like, r, scale, self.dropout))
+        return LowRank(site, like, r, scale, self.dropout)

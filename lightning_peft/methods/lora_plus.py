@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
-from lightning_peft.low_rank import LowRank, Product, Site, check_rank, delta_for, find_hosts
+from lightning_peft.low_rank import LowRank, Product, Site, check_rank, deltas_for, find_hosts
 from lightning_peft.method import Method
 from lightning_peft.targets import Patterns, Targets
 
@@ -55,11 +55,11 @@ class LoRAPlus(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a low-rank delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers)
-        return {name: delta_for(host, self._delta) for name, host in hosts.items()}
+        return deltas_for(model, hosts, self._delta)
 
     def lr_scale(self, parameter: str) -> float:
         """Return the ratio for B, 1 for A."""
         return self.ratio if parameter.endswith("lora_B") else 1.0
 
-    def _delta(self, site: Site, like: Tensor) -> Product:
+    def _delta(self, name: str, site: Site, like: Tensor) -> Product:
         return LowRank(site, like, self.r, self.alpha / self.r, self.dropout)

@@ -22,7 +22,7 @@ from lightning_peft.low_rank import (
     Product,
     Site,
     check_rank,
-    delta_for,
+    deltas_for,
     find_hosts,
     has_matrix,
     values_of,
@@ -62,9 +62,9 @@ class OLoRA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return the departure from the orthonormal start for each target."""
         hosts = find_hosts(model, self.targets, self.layers, has_matrix)
-        return {name: delta_for(host, self._delta) for name, host in hosts.items()}
+        return deltas_for(model, hosts, self._delta)
 
-    def _delta(self, site: Site, weight: Tensor) -> Product:
+    def _delta(self, name: str, site: Site, weight: Tensor) -> Product:
         q, r = torch.linalg.qr(values_of(site, weight, "OLoRA"))
         start = r[..., : self.r, :], q[..., : self.r]
         return Departure(site, start, self.r, self.alpha / self.r, self.dropout)

@@ -25,7 +25,7 @@ from lightning_peft.low_rank import (
     Product,
     Site,
     check_rank,
-    delta_for,
+    deltas_for,
     find_hosts,
     has_matrix,
     values_of,
@@ -70,9 +70,9 @@ class PiSSA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return the departure from the principal part for each target."""
         hosts = find_hosts(model, self.targets, self.layers, has_matrix)
-        return {name: delta_for(host, self._delta) for name, host in hosts.items()}
+        return deltas_for(model, hosts, self._delta)
 
-    def _delta(self, site: Site, weight: Tensor) -> Product:
+    def _delta(self, name: str, site: Site, weight: Tensor) -> Product:
         scale = self.alpha / self.r
         start = principal(values_of(site, weight, "PiSSA"), self.r, self.niter)
         return Departure(

@@ -148,3 +148,24 @@ def test_the_ranks_and_biases_of_settings_reach_them(build: Build) -> None:
     ranks = [delta.in_proj_weight.lora_A.shape[0] for _, _, delta in adapter.deltas]
     assert ranks == [8, 2]
     assert adapter.in_place == [f"encoder.layers.{i}.self_attn.in_proj_bias" for i in (0, 1)]
+
+
+def test_a_layer_whose_weight_the_parent_reads_learns_and_merges() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0
+    )
+    model = MambaForCausalLM(config).eval()
+    base = logits(model)
+    adapter = inject(model, LoRA(r=2))
+    assert torch.equal(logits(model), base)
+    randomise(adapter)
+    model(WORDS).logits.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+    mixer = model.backbone.layers[0].mixer
+    delta = mixer.dt_proj.lightning_peft["default_lora"].weight
+    change = delta.scale * delta.lora_B @ delta.lora_A
+    torch.testing.assert_close(mixer.dt_proj.weight - mixer.dt_proj._parameters["weight"], change)
+    tuned = logits(model)
+    torch.testing.assert_close(logits(adapter.merge()), tuned, rtol=1e-4, atol=1e-5)
