@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.report import readable_share
+
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for a two-sided 95 % interval by number of seeds."""
 
@@ -63,8 +65,8 @@ def _row(name: str, results: list[dict[str, Any]]) -> str:
     seconds = statistics.mean(result["seconds"] for result in results)
     first = results[0]
     return (
-        f"| {name} | {accuracy} | {f1} | {first['trained']:,} | {first['share']:.2%} "
-        f"| {seconds:.0f} |"
+        f"| {name} | {accuracy} | {f1} | {first['trained']:,} "
+        f"| {readable_share(first['trained'], first['total'])} | {seconds:.0f} |"
     )
 
 

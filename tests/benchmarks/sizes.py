@@ -17,7 +17,7 @@ from lightning_peft import Adapter, inject
 from lightning_peft.config import instantiate
 from lightning_peft.delta import NotMergeable
 from lightning_peft.jobs.conf import description
-from lightning_peft.report import readable_bytes
+from lightning_peft.report import readable_bytes, readable_share
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 
@@ -39,7 +39,7 @@ def row(file: Path) -> str:
     trained, size = adapter.num_parameters, readable_bytes(adapter.num_bytes)
     return (
         f"| [{file.stem}]({file.stem}.md) | {description(file)} | {trained:,} "
-        f"| {trained / whole:.2%} | {size} | {'yes' if merges(adapter) else 'no'} |"
+        f"| {readable_share(trained, whole)} | {size} | {'yes' if merges(adapter) else 'no'} |"
     )
 
 
