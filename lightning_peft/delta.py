@@ -131,7 +131,7 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
         from lightning_peft.attention import route  # which knows deltas itself
 
         module.__class__ = subclass(cast(type, type(module)), cast(type, route(module)))
-    slot[name] = delta
+    slot[name] = delta.train(module.training)
 
 
 def plain_name(name: str) -> str:

@@ -54,7 +54,7 @@ class _Product(NamedTuple):
     """The same product of other operands, the second one `(batch, heads, keys, d)`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Chain:
     """One attention under way."""
 
@@ -84,7 +84,8 @@ class _Watch(TorchFunctionMode):
         name, result = func.__name__.strip("_"), func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
-        chain = next((c for c in self.chains if any(c.last is a for a in _flat(args))), None)
+        # The first argument counts: a bias that is a product itself is added to the scores.
+        chain = next((c for a in _flat(args) for c in self.chains if c.last is a), None)
         product = _PRODUCTS[name](func, args, kwargs) if name in _PRODUCTS else None
         if chain and chain.soft and product:
             self.chains.remove(chain)
@@ -193,7 +194,10 @@ def _step(
     if name in _SHIFTS and _is_by_key(other, last):
         return _unchanged
     inverse = name in ("div", "divide", "truediv") and args[0] is not last
-    return None if inverse or _is_by_key(other, None) else again
+    if _is_by_key(other, None):  # a product with zeros and ones is a mask
+        mask: Any = (other == 0) | (other == 1)
+        return _unchanged if bool(mask.all()) else None
+    return None if inverse else again
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ class FurtherKeys(Delta):
     ) -> Any:
         """Return the attention over the learned keys and values and the host's own."""
         k, v = self.learned()
+        if (
+            k.shape[-1] != key.shape[-1]
+        ):  # a second attention of the host, narrower than its main one
+            return base(host, query, key, value, mask, **kwargs)
         if self.dropout:
             k, v = self.dropout(k), self.dropout(v)
         return attend_to_prefix(k, v, host, base, query, key, value, mask, **kwargs)

@@ -3,8 +3,8 @@
 Names and attributes tell wrongly which modules attend (a decoder-only variant keeps unused
 cross-attention) and how their keys are shaped (grouped, latent or shared heads). So each pretrained
 model inside runs once, in eval mode and without a graph, and every attention module that is called
-writes down its keys and values. An `nn.MultiheadAttention` says all by its attributes and is not
-run.
+writes down its keys and values. Outside of pretrained models only `nn.MultiheadAttention` is found,
+which says all by its attributes.
 """
 
 import contextlib
@@ -65,8 +65,9 @@ class _Recorder(Delta):
     ) -> Any:
         """Write down what comes in, and change nothing."""
         width = query.shape[1] * query.shape[-1]
-        k, v = key[0].detach(), value[0].detach()
-        self.seen = Attention(width, k, v, _spread(k), _spread(v))
+        if self.seen is None or width >= self.seen.width:  # LiLT attends twice, to text and layout
+            k, v = key[0].detach(), value[0].detach()
+            self.seen = Attention(width, k, v, _spread(k), _spread(v))
         return base(host, query, key, value, mask, **kwargs)
 
 
@@ -111,6 +112,8 @@ def _spread(x: Tensor) -> float:
 
 def _pretrained(model: nn.Module) -> list[Named]:
     """Return the outermost models of transformers."""
+    if is_transformers(model):
+        return [("", model)]
     found: list[Named] = []
     for name, module in base_modules(model):
         if is_transformers(module) and not under(name, tuple(n for n, _ in found)):
@@ -122,10 +125,10 @@ def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
     hosts = dict(_candidates(model))
     recorders = {name: _Recorder() for name in hosts}
     error: Exception | None = None
-    for inputs in _inputs(model, ids) if hosts else ():
-        with _attached(hosts, recorders), _untouched(model):
+    for make in _inputs(model, ids) if hosts else ():
+        with _attached(hosts, recorders), _untouched(model), _on_paper(model):
             try:
-                model(**inputs)
+                model(**make())
                 break
             except Exception as raised:  # whatever the model's code raises on inputs it refuses
                 error = raised
@@ -142,12 +145,17 @@ def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
 def _candidates(model: nn.Module) -> Iterator[Named]:
     """Yield the modules that may attend; of those inside one another all."""
     modules = base_modules(model)
-    asking = [n for n, m in modules if uses_interface(type(m)) or isinstance(m, Attending)]
+    asking = [n for n, m in modules if _asks(m)]
     for name, module in modules:
         named = any(word in type(module).__name__.lower() for word in ("attention", "attn"))
         around = any(n.startswith(f"{name}.") for n in asking)
         if name in asking or (named and not around and not isinstance(module, nn.ModuleList)):
             yield name, module
+
+
+def _asks(module: nn.Module) -> bool:
+    known = isinstance(module, (nn.MultiheadAttention, Attending))
+    return known or uses_interface(type(module))
 
 
 @contextlib.contextmanager
@@ -180,24 +188,36 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _inputs(model: Any, ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yield the inputs to try: the main one alone, then all that the model is known to take."""
+def _on_paper(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Run a model on the meta device with fake tensors, which transformers asks for no values."""
+    if model.device.type != "meta":
+        return contextlib.nullcontext()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _inputs(model: Any, ids: Sequence[int]) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield makers of the inputs to try: the main one alone, then all that are known."""
     taken = inspect.signature(model.forward).parameters
-    made = {n: make for n, make in _MAKERS.items() if n in taken}
-    main, settings = model.main_input_name, {"use_cache": False} if "use_cache" in taken else {}
-    for names in ((main,), tuple(made)):
-        wanted = [name for name in names if name in made]
-        inputs = {name: made[name](model, ids) for name in wanted}
-        yield {k: v for k, v in inputs.items() if v is not None} | settings
+    made = {name: maker for name, maker in _MAKERS.items() if name in taken}
+    settings = {"use_cache": False} if "use_cache" in taken else {}
+    for wanted in ([model.main_input_name], list(made)):
+
+        def make(names: list[str] = wanted) -> dict[str, Any]:
+            inputs = {name: made[name](model, ids) for name in names if name in made}
+            return {key: x for key, x in inputs.items() if x is not None} | settings
+
+        yield make
 
 
 def _ids(model: Any, ids: Sequence[int]) -> Tensor:
     config = model.config.get_text_config()
     if not ids:
         # From the middle of the vocabulary, away from special tokens; some heads look for the end.
-        middle, end = config.vocab_size // 2, getattr(config, "eos_token_id", None)
-        ids = [middle + i % max(1, middle - 1) for i in range(TOKENS - 1)]
-        ids = [*ids, end if isinstance(end, int) else middle]
+        words, end = getattr(config, "vocab_size", 256), getattr(config, "eos_token_id", None)
+        last = end if isinstance(end, int) and end < words else words // 2
+        ids = [*(words // 2 + i % (words // 2) for i in range(TOKENS - 1)), last]
     return torch.tensor([list(ids)], device=model.device)
 
 
@@ -221,9 +241,16 @@ def _features(model: Any, ids: Sequence[int]) -> Tensor:
     return _noise(model, mels, frames)
 
 
+def _boxes(model: Any, ids: Sequence[int]) -> Tensor:
+    return torch.zeros(1, len(ids) or TOKENS, 4, dtype=torch.long, device=model.device)
+
+
 _MAKERS: dict[str, Callable[[Any, Sequence[int]], Tensor | None]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
+    "bbox": _boxes,
+    "visual_feats": lambda model, _: _noise(model, 4, model.config.visual_feat_dim),
+    "visual_pos": lambda model, _: _noise(model, 4, model.config.visual_pos_dim),
     "input_values": lambda model, _: _noise(model, _AUDIO),
     "input_features": _features,
     "decoder_input_ids": lambda model, ids: (

@@ -59,7 +59,9 @@ class MultiHead(Attending):
         padded = x.to_padded_tensor(0.0)
         padding = torch.arange(padded.shape[1], device=x.device) >= lengths[:, None]
         y, _ = self.forward(padded, padded, padded, padding, need_weights=False)
-        return torch.nested.nested_tensor([r[: len(row)] for r, row in zip(y, rows, strict=True)])
+        return torch.nested.as_nested_tensor(
+            [r[: len(row)] for r, row in zip(y, rows, strict=True)]
+        )
 
 
 def _projected(host: Any, inputs: list[Tensor]) -> list[Tensor]:
