@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_peft.anatomy import is_linear
 from lightning_peft.delta import Delta, NotMergeable, slot_of
-from lightning_peft.low_rank import Kernel, Site, Table, delta_for, fresh
+from lightning_peft.low_rank import Kernel, Site, Table, deltas_for, fresh
 
 _SHARED: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
 
@@ -145,10 +145,10 @@ def shared(make: Callable[..., Tensor], *key: Hashable, device: torch.device) ->
 
 
 def weight_deltas(
-    hosts: Mapping[str, nn.Module], make: Callable[[Site, Tensor], WeightDelta]
+    model: nn.Module, hosts: Mapping[str, nn.Module], make: Callable[[Site, Tensor], WeightDelta]
 ) -> dict[str, Delta]:
     """Return the delta of each host by name; `make` builds that of one weight."""
-    return {name: delta_for(host, cast(Any, make)) for name, host in hosts.items()}
+    return deltas_for(model, hosts, lambda _, site, like: cast(Any, make(site, like)))
 
 
 def trained(like: Tensor, *shape: int) -> nn.Parameter:

@@ -58,7 +58,7 @@ class BOFT(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
         hosts = find_rotatable(model, self.targets, self.layers)
-        return weight_deltas(hosts, lambda site, like: Butterfly(site, like, self))
+        return weight_deltas(model, hosts, lambda site, like: Butterfly(site, like, self))
 
 
 class Butterfly(Rotation):

@@ -51,7 +51,9 @@ class HiRA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers, has_matrix)
-        return weight_deltas(hosts, lambda site, like: Rescaled(site, like, self.r, self.dropout))
+        return weight_deltas(
+            model, hosts, lambda site, like: Rescaled(site, like, self.r, self.dropout)
+        )
 
 
 class Rescaled(WeightDelta):

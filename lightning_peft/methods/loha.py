@@ -55,7 +55,7 @@ class LoHa(Method):
         """Return a delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers)
         scale = self.alpha / self.r
-        return weight_deltas(hosts, lambda site, like: Hadamard(site, like, self.r, scale))
+        return weight_deltas(model, hosts, lambda site, like: Hadamard(site, like, self.r, scale))
 
 
 class Hadamard(WeightDelta):

@@ -61,7 +61,7 @@ class LoKr(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers)
-        return weight_deltas(hosts, lambda site, like: Kronecker(site, like, self))
+        return weight_deltas(model, hosts, lambda site, like: Kronecker(site, like, self))
 
 
 class Kronecker(WeightDelta):

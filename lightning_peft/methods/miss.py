@@ -53,7 +53,9 @@ class MiSS(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers)
-        return weight_deltas(hosts, lambda site, like: Shards(site, like, self.r, self.dropout))
+        return weight_deltas(
+            model, hosts, lambda site, like: Shards(site, like, self.r, self.dropout)
+        )
 
 
 class Shards(WeightDelta):

@@ -56,7 +56,7 @@ class OFT(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
         hosts = find_rotatable(model, self.targets, self.layers)
-        return weight_deltas(hosts, lambda site, like: Blocks(site, like, self))
+        return weight_deltas(model, hosts, lambda site, like: Blocks(site, like, self))
 
 
 class Blocks(Rotation):

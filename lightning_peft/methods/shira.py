@@ -55,7 +55,7 @@ class SHiRA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target."""
         hosts = find_hosts(model, self.targets, self.layers)
-        return weight_deltas(hosts, lambda site, like: Sparse(site, like, self))
+        return weight_deltas(model, hosts, lambda site, like: Sparse(site, like, self))
 
 
 class Sparse(DerivedDelta):

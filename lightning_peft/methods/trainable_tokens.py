@@ -3,9 +3,8 @@
     E'[i] = t_i for each chosen id i,    E'[i] = E[i] for all others,    t_i ∈ R^(d_model)
 
 As in peft (https://huggingface.co/docs/peft/package_reference/trainable_tokens). What is trained is
-the new row itself, not its difference from the old one: a token that was added to the vocabulary,
-whose first row is random, comes out the same wherever the adapter is loaded. An output head that is
-tied to the table speaks with the new rows too.
+the new row itself, not its difference from the old one, so that it does not matter which random row
+an added token began with. An output head that is tied to the table speaks with the new rows too.
 """
 
 from collections.abc import Mapping, Sequence

@@ -63,7 +63,7 @@ class VeRA(Method):
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a delta for each target; all look at the same A and B."""
         hosts = find_hosts(model, self.targets, self.layers)
-        deltas = weight_deltas(hosts, lambda site, like: ScaledProjections(site, like, self))
+        deltas = weight_deltas(model, hosts, lambda site, like: ScaledProjections(site, like, self))
         every = [m for d in deltas.values() for m in d.modules() if isinstance(m, DerivedDelta)]
         widest = max(d.height for d in every), max(d.width for d in every)
         for delta in every:

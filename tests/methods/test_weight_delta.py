@@ -18,6 +18,8 @@ from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.methods.boft import BOFT
+from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.hira import HiRA
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
@@ -36,12 +38,15 @@ METHODS: dict[str, Method] = {
     "hira": HiRA(r=2),
     "shira": SHiRA(r=1),
     "miss": MiSS(r=4),
+    "fourierft": FourierFT(frequencies=7),
+    "c3a": C3A(block_size=2),
+    "c3a-dense": C3A(block_size=1),
     "oft": OFT(block_size=2),
     "oft-exact": OFT(block_size=3, terms=None),
     "boft": BOFT(block_size=2, factors=2),
 }
 TURNING = ("oft", "oft-exact", "boft")
-SEEDED = {"vera": ("down", "up"), "shira": ("places",)}
+SEEDED = {"vera": ("down", "up"), "shira": ("places",), "fourierft": ("places",)}
 
 
 class Scaled(nn.Embedding):
@@ -391,6 +396,9 @@ def test_parameters_are_as_few_as_the_papers_say() -> None:
         LoKr(r=1, factor=2): 2 * 2 + 18 + 32,
         HiRA(r=32): 32 * (64 + 36),
         MiSS(r=16): 16 * 36,
+        FourierFT(frequencies=99): 99,
+        FourierFT(frequencies=5000): 64 * 36,
+        C3A(block_size=256): 64 * 36 // 4,
         OFT(block_size=16): 4 * 16 * 15 // 2,
         BOFT(block_size=8, factors=2): 2 * 8 * 64 + 36,
     }
@@ -416,6 +424,9 @@ def test_parameters_are_as_few_as_the_papers_say() -> None:
         (lambda: OFT(block_size=1), "`block_size` must be at least 2, but is 1 instead"),
         (lambda: OFT(terms=3), "`terms` must be at least 4 or None, but is 3 instead"),
         (lambda: BOFT(block_size=0), "`block_size` must be at least 2, but is 0 instead"),
+        (lambda: FourierFT(frequencies=0), "`frequencies` must be at least 1, but is 0 instead"),
+        (lambda: FourierFT(scale=0), "`scale` must not be 0"),
+        (lambda: C3A(block_size=0), "`block_size` must be at least 1, but is 0 instead"),
         (lambda: BOFT(factors=0), "`factors` must be at least 1, but is 0 instead"),
     ],
 )
