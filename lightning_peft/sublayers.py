@@ -115,7 +115,7 @@ def stream_width(block: nn.Module) -> int:
     mixer may be as frequent; norms inside attention count only where there are no others.
     """
     inside = tuple(name for name, _ in _attentions("", block))
-    norms = [(n, _length(m)) for n, m in anatomy.base_modules(block) if _is_norm(m)]
+    norms = [(n, _length(m)) for n, m in anatomy.base_modules(block) if is_norm(m)]
     beside = [width for n, width in norms if not anatomy.under(n, inside)]
     linear = [fan(m) for _, m in _linears("", block)]
     given = Counter(out for _, out in linear)
@@ -123,6 +123,13 @@ def stream_width(block: nn.Module) -> int:
     for width in beside or [width for _, width in norms]:
         votes[width] += 2
     return max(votes, key=lambda width: (votes[width], given[width], width), default=0)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation with weights, of torch or of a model's own."""
+    simple = not module._modules or "norm" in type(module).__name__.lower()
+    vector = getattr(module._parameters.get("weight"), "ndim", 0) == 1
+    return simple and vector and not isinstance(module, nn.PReLU)
 
 
 def _of_layer(index: int, name: str, block: nn.Module) -> list[SubLayer]:
@@ -295,12 +302,7 @@ def _remembers(module: nn.Module) -> bool:
 
 
 def _has_norm(module: nn.Module) -> bool:
-    return any(_is_norm(m) for _, m in anatomy.base_modules(module))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    simple = not module._modules or "norm" in type(module).__name__.lower()
-    return simple and getattr(module._parameters.get("weight"), "ndim", 0) == 1
+    return any(is_norm(m) for _, m in anatomy.base_modules(module))
 
 
 def _length(norm: Any) -> int:
