@@ -65,7 +65,7 @@ def virtual_deltas(
         skip=int(reads_first and layout == "clean"),
         leave=decoder is None,
         first=reads_first and layout == "peft",
-        room=_room(cores[0], len(arrange(virtual.ids))),
+        room=_room(core, table, len(arrange(virtual.ids))),
     )
     found: dict[str, Delta] = {core.name: enter, _join(core.name, table): virtual}
     for name, names in _further_readers(core, table):
@@ -93,7 +93,22 @@ def _candidates(model: nn.Module, argument: str) -> list[Candidate]:
         holds = any(block.startswith(f"{name}." if name else "") for block in blocks)
         if argument in names and holds and not anatomy.under(name, blocks):
             found.append(Candidate(name, module, names))
-    return found
+    return [c for c in found if _has_words(c, model)] or found
+
+
+def _has_words(candidate: Candidate, model: nn.Module) -> bool:
+    """Whether a module owns a table as large as the model's word embedding."""
+    given = _given_table(model)
+    rows = [table.num_embeddings for _, table in anatomy.embeddings(candidate.module)]
+    return getattr(given, "num_embeddings", None) in rows
+
+
+def _given_table(module: nn.Module) -> Any:
+    """Return the word embedding that a model of transformers names itself."""
+    try:
+        return module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _innermost(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -114,31 +129,34 @@ def _split(model: nn.Module, cores: list[Candidate]) -> tuple[Candidate, Candida
     around = [c for c in _candidates(model, "input_ids") if all(_inside(i, c) for i in cores)]
     if others and around:
         return around[-1], None
-    # What merges images into the text prepares masks for both: it must know of the tokens.
     outer = [c for c in around if _merges(c)]
     return (outer[0] if outer else first), None
 
 
 def _merges(candidate: Candidate) -> bool:
-    """Whether a module puts images or sounds among the words, and has no head of its own."""
-    other = ("pixel_values", "input_features", "image_", "audio_", "video_")
-    names, own = candidate.arguments, candidate.module._modules
-    headless = getattr(candidate.module, "base_model_prefix", "") not in own
-    return headless and "inputs_embeds" in names and any(n.startswith(other) for n in names)
+    """Whether a module puts images among the words, masks both, and has no head of its own.
+
+    What prepares the masks for the layers must know of the tokens.
+    """
+    module = candidate.module
+    images = any(name.startswith("pixel_values") for name in candidate.arguments)
+    headless = getattr(module, "base_model_prefix", "") not in module._modules
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    called = code.co_names if code else ()
+    masks = any(name.startswith("create_") and "mask" in name for name in called)
+    return images and headless and masks and "inputs_embeds" in candidate.arguments
 
 
 def _table(core: Candidate) -> str:
     """Return the name of the core's word embedding, within the core."""
     names = {id(module): name for name, module in anatomy.base_modules(core.module)}
-    try:
-        given: Any = core.module.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        given = None
-    if id(given) in names:
+    given = _given_table(core.module)
+    if id(given) in names and not isinstance(given, nn.ModuleList):
         return names[id(given)]
     tables = anatomy.embeddings(core.module)
     width = getattr(getattr(core.module, "config", None), "hidden_size", None)
-    for name, table in tables[:1]:
+    several = isinstance(given, nn.ModuleList)
+    for name, table in [] if several else tables[:1]:
         if width in (None, table.embedding_dim):
             return name
     raise TargetError(
@@ -160,14 +178,17 @@ def _places(name: str) -> bool:
     return _POSITIONS.fullmatch(name.rpartition(".")[2]) is not None
 
 
-def _room(core: Candidate, tokens: int) -> int | None:
+def _room(core: Candidate, words: str, tokens: int) -> int | None:
     """Return how many positions a table of learned ones has for a text.
 
     Raises:
         TargetError: the tokens alone take all of them.
     """
     for name, table in anatomy.embeddings(core.module):
-        if _places(name) and "Sinusoidal" not in type(table).__name__:  # those go on for ever
+        beside = name.rpartition(".")[0] == words.rpartition(".")[0]  # not that of an image
+        if (
+            beside and _places(name) and "Sinusoidal" not in type(table).__name__
+        ):  # those go on for ever
             if (room := table.num_embeddings - _offset(table)) <= tokens:
                 raise TargetError(
                     f"`tokens` must leave places for a text among the {room} learned positions of "

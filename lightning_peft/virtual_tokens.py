@@ -36,6 +36,8 @@ _UNCUT = (*CACHES, "pooler_output")
 _ELSEWHERE = ("encoder_", "decoder_", "cross_", "image_", "vision_", "visual_embeds", "pixel_")
 """Prefixes of arguments that belong to another sequence than the text."""
 
+_ENCODER_MASKS = ("encoder_attention_mask", "encoder_padding_mask")
+
 _PLACE, _IDS = "_virtual_place", "_virtual_ids"
 """Under these names a call's own tensors carry where tokens entered, and the ids with them."""
 
@@ -145,7 +147,7 @@ class Enter(Delta):
         place = Place(_start(mask, self.skip), len(self.ids))
         past, capacity = _past(given)
         if past:
-            self._check_continued(host, given, key, past)
+            _check_continued(given, key, past, self._not_yet_counted(host))
             changes = {k: v + place.size for k, v in _positions(given)}
         else:
             self._check_room(given[key].shape[1], capacity)
@@ -164,7 +166,10 @@ class Enter(Delta):
         rows, length = kwargs[key].shape[:2]
         for delta, place in getattr(kwargs[key], _PLACE, ()):
             if delta is self:
-                return _left(output, _Leaving(place, rows, length, self.first))
+                # An image may stand ahead of the text.
+                extra = max(output[0].shape[1] - length, 0) if output[0].dim() == 3 else 0
+                moved = Place(place.start + extra, place.size)
+                return _left(output, _Leaving(moved, rows, length + extra, self.first))
             length -= place.size  # it has left already
         return output
 
@@ -181,7 +186,7 @@ class Enter(Delta):
             rows = (rows[0] if isinstance(rows, tuple) else rows).to(x.dtype)
             longer = place.open(x, place.spread(rows, length))
         setattr(longer, _PLACE, (*getattr(x, _PLACE, ()), (self, place)))
-        changes = {k: place.open(v, _filling(v, place)) for k, v in _alike(given, x)}
+        changes = {k: place.open(v, _filling(k, v, place)) for k, v in _alike(given, x)}
         return changes | {k: place.open_positions(v) for k, v in _positions(given)} | {key: longer}
 
     def _check_room(self, length: int, capacity: int) -> None:
@@ -198,19 +203,11 @@ class Enter(Delta):
                 "use a dynamic one."
             )
 
-    def _check_continued(self, host: nn.Module, given: dict[str, Any], key: str, past: Any) -> None:
-        mask = given.get("attention_mask")
-        if not isinstance(past, int) or not isinstance(mask, Tensor) or mask.dim() != 2:
-            return
+    def _not_yet_counted(self, host: nn.Module) -> int:
+        """Return how many tokens the cache holds that the mask does not cover yet."""
         deltas = list(slot_of(host).values())  # those before this one have widened the mask
         entering = [d for d in deltas[deltas.index(self) :] if isinstance(d, Enter) and d.active]
-        n = sum(len(delta.ids) for delta in entering)
-        if mask.shape[1] != past - n + given[key].shape[1]:
-            raise AdapterError(
-                f"The mask covers {mask.shape[1]} tokens, but the cache holds {past - n} of the "
-                f"text (and {n} virtual ones) and {given[key].shape[1]} are new: to go on from a "
-                "cache, pass the new tokens only, with the mask of the whole text."
-            )
+        return sum(len(delta.ids) for delta in entering)
 
 
 class Leave(Delta):
@@ -239,16 +236,17 @@ class Attended(Delta):
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Widen `encoder_attention_mask` where the encoder's states are longer than it."""
+        """Widen the mask where the encoder's states are longer than it."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
-        if states is None or mask is None or mask.dim() != 2:
+        states = given.get("encoder_hidden_states")
+        key = next((k for k in _ENCODER_MASKS if given.get(k) is not None), "")
+        if states is None or not key or given[key].dim() != 2:
             return args, kwargs
+        mask = given[key]
         if states.shape[1] < mask.shape[1] + self.tokens:
             return args, kwargs
         place = Place(_start(mask, 0), self.tokens)
-        wider = {"encoder_attention_mask": place.open_mask(mask)}
-        return args[len(self.names) :], given | wider
+        return args[len(self.names) :], given | {key: place.open_mask(mask)}
 
 
 class Placeless(Delta):
@@ -307,6 +305,28 @@ def _past(given: Mapping[str, Any]) -> tuple[Any, int]:
     return length, cache.get_max_length() if static else -1
 
 
+def _check_continued(given: Mapping[str, Any], key: str, past: Any, n: int) -> None:
+    """Refuse a call that takes the tokens in the cache for text.
+
+    Raises:
+        AdapterError: the mask, or without padding the positions, do not fit the cache.
+    """
+    if not isinstance(past, int) or torch.compiler.is_compiling():
+        return
+    end, mask = past - n + given[key].shape[1], given.get("attention_mask")
+    positions = [v for _, v in _positions(given) if v.dim() == 2]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        fits = mask.shape[1] == end
+    else:
+        fits = mask is not None or not positions or int(positions[0].max()) == end - 1
+    if not fits:
+        raise AdapterError(
+            f"The cache holds {past - n} tokens of the text and {n} virtual ones, which the mask "
+            "and the positions must not count, but they do not end with the new tokens: to go on "
+            "from a cache, pass the new tokens only, with the mask of the whole text."
+        )
+
+
 def _alike(given: Mapping[str, Any], x: Tensor) -> list[tuple[str, Tensor]]:
     """Return the arguments that have one entry for each token of the text `x`."""
     others = {
@@ -321,8 +341,10 @@ def _alike(given: Mapping[str, Any], x: Tensor) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _filling(value: Tensor, place: Place) -> Any:
+def _filling(name: str, value: Tensor, place: Place) -> Any:
     """Return what stands for the tokens in such an argument: classes are the next token's."""
+    if name == "labels":
+        return -100
     classes = not value.is_floating_point() and value.dtype != torch.bool
     return place.at_start(value) if classes else 0
 
@@ -355,11 +377,17 @@ def _left(value: Any, leaving: _Leaving) -> Any:
     if isinstance(value, Tensor):
         return _cut(value, leaving)
     if isinstance(value, dict):
-        kept = {k: v if k in _UNCUT else _left(v, leaving) for k, v in value.items()}
+        kept = {k: _left_as(k, v, leaving) for k, v in value.items()}
         return kept if type(value) is dict else type(value)(**kept)
     if type(value) in (tuple, list):
         return type(value)(_left(item, leaving) for item in value)
     return value
+
+
+def _left_as(name: str, value: Any, leaving: _Leaving) -> Any:
+    if name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 2:
+        return leaving.place.close(value)
+    return value if name in _UNCUT else _left(value, leaving)
 
 
 def _cut(x: Tensor, leaving: _Leaving) -> Tensor:
@@ -372,6 +400,9 @@ def _cut(x: Tensor, leaving: _Leaving) -> Tensor:
         for dim in [d for d in (2, 3) if x.shape[d] == length]:
             x = place.close(x, dim)
         return x
+    if x.dim() == 3 and x.shape[1] > length and not x.shape[1] % length:  # streams, end to end
+        streams = x.view(rows, -1, length, x.shape[2])
+        return place.close(streams, 2).flatten(1, 2)
     if x.shape[1] != length:
         return x
     short = place.close(x)

@@ -144,6 +144,9 @@ def test_going_on_from_a_cache_takes_the_new_tokens_only(build: Build) -> None:
     ).logits
     close(rest, model(input_ids=IDS).logits[:, 4:])
     cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
+    on = model.generate(IDS[:, 4:], attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(on[:, 3:], model.generate(IDS, attention_mask=mask, **GREEDY)[:, 7:])
+    cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
     with pytest.raises(AdapterError, match="pass the new tokens only"):
         model.generate(IDS, attention_mask=mask, past_key_values=cache, **GREEDY)
 
