@@ -86,8 +86,9 @@ class LoReFT(Method):
         chosen = stack if self.layers is None else [stack[i] for i in sorted(self.layers)]
         outputs = {found.layer: found.output[1] for found in sublayers.sublayers(model)}
         hosts: dict[int, tuple[str, Delta]] = {}
-        for i, (name, block) in enumerate(stack):
-            if name in dict(chosen) and id(block) not in hosts:
+        for i, named in enumerate(stack):
+            name, block = _last_called(*named)
+            if named in chosen and id(block) not in hosts:
                 width = _width(block, outputs.get(i))
                 hosts[id(block)] = name, Intervention(block, width, self)
         return dict(hosts.values())
@@ -206,6 +207,14 @@ def positions(
 def _real(seen: Tensor) -> Tensor:
     """Return which keys are no padding: those that see themselves, or that all may see."""
     return seen.diagonal(dim1=-2, dim2=-1) if seen.shape[-2] == seen.shape[-1] else seen[:, -1]
+
+
+def _last_called(name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    """Return a block, or of one that only runs its children one by one the last of them."""
+    while isinstance(block, nn.Sequential):
+        key, block = list(block.named_children())[-1]
+        name = f"{name}.{key}"
+    return name, block
 
 
 def _width(block: nn.Module, output: nn.Module | None) -> int:

@@ -42,7 +42,6 @@ CASES = {
     "bert-loreft-tied": adapters.LoReftConfig(
         r=3, prefix_positions=2, suffix_positions=1, tied_weights=True
     ),
-    "bert-noreft": adapters.NoReftConfig(r=3, prefix_positions=2, suffix_positions=2),
     "llama-loreft": adapters.LoReftConfig(r=3, prefix_positions=3, suffix_positions=1),
 }
 NAMES = [
@@ -101,10 +100,13 @@ def write(case: str, folder: Path) -> None:
     adapters.init(model)
     model.add_adapter("a", config=CASES[case])
     model.set_active_adapters("a")
-    model.double()
+    model.double().eval()
     own = trained(model)
-    fill(own)
     projections = [m for m in model.modules() if type(m).__name__ == "ReftUnit" and m.orthogonal]
+    fill({n: p for n, p in own.items() if not (projections and n.endswith(".R"))})
+    for unit in projections:  # what is parametrised takes the value of the whole
+        random = torch.randn(unit.projection.weight.T.shape, dtype=torch.float64)
+        unit.projection.weight = torch.linalg.qr(random).Q.T
     stored: dict[str, Tensor] = {}
     ids = torch.arange(3, 24).reshape(3, 7)
     logits = model(input_ids=ids).logits
@@ -124,5 +126,6 @@ def write(case: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     for case in CASES:
         write(case, Path(__file__).parent)
