@@ -1,13 +1,15 @@
 """Trainable tokens: chosen rows of a table, tied heads, and the whole table."""
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_peft import inject
+from lightning_peft import inject, load_adapter
 from lightning_peft.adapter import adapters_of
 from lightning_peft.delta import NotMergeable
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
@@ -128,3 +130,34 @@ def test_not_merged_beside_another_change_of_the_table(build: Build) -> None:
     adapter = inject(build("llama").model, both)
     with pytest.raises(NotMergeable, match="which another delta changes too"):
         adapter.merge()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_rows_survive_copies_compilation_checkpointing_and_generation(
+    name: str, build: Build, tmp_path: Path
+) -> None:
+    example = build(name)
+    chosen = example.inputs["input_ids"][0, :4].tolist()
+    adapter = inject(example.model, TrainableTokens(token_ids=chosen), head=False)
+    with torch.no_grad():
+        adapter.parameters()[0].normal_()
+    output = example.logits()
+    assert torch.equal(example.logits(pickle.loads(pickle.dumps(example.model))), output)
+    torch.compiler.reset()
+    compiled = torch.compile(example.model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(example.logits(compiled), output, rtol=1e-5, atol=1e-6)
+    other = build(name)
+    load_adapter(other.model, adapter.save(tmp_path / "adapter"))
+    assert torch.equal(other.logits(), output)
+    example.output().square().mean().backward()
+    gradient = adapter.parameters()[0].grad.clone()
+    example.model.zero_grad()
+    example.model.train().activation_checkpointing_enable()
+    example.output().square().mean().backward()
+    torch.testing.assert_close(adapter.parameters()[0].grad, gradient, rtol=1e-5, atol=1e-7)
+    assert torch.equal(gradient.abs().sum(1) > 0, torch.ones(4, dtype=torch.bool))
+    example.model.eval()
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    ids = example.inputs["input_ids"][:1]
+    cached = example.model.generate(ids, **settings)
+    assert torch.equal(cached, example.model.generate(ids, use_cache=False, **settings))
