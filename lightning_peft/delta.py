@@ -7,6 +7,7 @@ sibling is not reused (its guard sees another type), and fast paths that read we
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -126,7 +127,9 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
     if type(delta).before is not Delta.before and _before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_before, with_kwargs=True)
     if type(delta).reweigh is not Delta.reweigh and not isinstance(module, _Reweighed):
-        module.__class__ = subclass(cast(type, type(module)), _Reweighed)
+        once = isinstance(module, nn.Linear)
+        mixins = (_Reweighed,) if once else (_Remembering, _Reweighed)
+        module.__class__ = subclass(cast(type, type(module)), *mixins)
     if type(delta).attend is not Delta.attend and not any(map(_attends, _layers(type(module)))):
         from lightning_peft.attention import route  # which knows deltas itself
 
@@ -189,6 +192,32 @@ class _Reweighed:
             if delta.active:
                 value = delta.reweigh(self, name, value)
         return value
+
+
+class _Remembering:
+    """Mixin of a host that reads a parameter many times in one pass: it is changed once."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which sees by itself what is equal
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        outer, _READ.weights = getattr(_READ, "weights", None), {}
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _READ.weights = outer
+
+    def __getattr__(self: Any, name: str) -> Any:
+        weights = None if torch.compiler.is_compiling() else getattr(_READ, "weights", None)
+        if weights is None or name not in self.__dict__["_parameters"]:
+            return super().__getattr__(name)  # type: ignore[misc]
+        key = id(self), name, torch.is_grad_enabled()
+        if key not in weights:
+            weights[key] = super().__getattr__(name)  # type: ignore[misc]
+        return weights[key]
+
+
+_READ = threading.local()
+"""What has been read in the forward pass that a thread is in."""
 
 
 class HeldInEval:

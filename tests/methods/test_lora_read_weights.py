@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, inject
 from lightning_peft.delta import SLOT
+from lightning_peft.low_rank import Parts
 
 Build = Callable[[str], Any]
 
@@ -169,3 +170,20 @@ def test_a_layer_whose_weight_the_parent_reads_learns_and_merges() -> None:
     torch.testing.assert_close(mixer.dt_proj.weight - mixer.dt_proj._parameters["weight"], change)
     tuned = logits(model)
     torch.testing.assert_close(logits(adapter.merge()), tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_over_experts_changes_their_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MIXTURES["mixtral-eager"]()
+    inject(model, LoRA(targets="experts"))
+    changed: list[str] = []
+    reweigh = Parts.reweigh
+
+    def counted(self: Parts, host: nn.Module, name: str, weight: Tensor) -> Tensor:
+        changed.append(name)
+        return reweigh(self, host, name, weight)
+
+    monkeypatch.setattr(Parts, "reweigh", counted)
+    logits(model)
+    assert sorted(changed) == ["down_proj"] * 2 + ["gate_up_proj"] * 2
+    logits(model)
+    assert len(changed) == 8
