@@ -58,8 +58,9 @@ def test_outputs_and_gradients_equal_those_of_adapters(case: str) -> None:
         if not name.endswith("R"):
             wanted = expected[f"grad.{name}"]
             assert (parameter.grad - wanted).abs().max() <= 1e-7 * wanted.abs().max(), name
-        else:
-            assert parameter.grad.abs().max() > 0
+        else:  # BERT's head reads the first place alone, so the last edit at the top is idle
+            reached = bool(expected[f"grad.{name.removesuffix('R')}W"].any())
+            assert bool(parameter.grad.any()) == reached
 
 
 def test_an_edit_is_the_formula_and_its_gradient_is_exact() -> None:
