@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from lightning_peft.files.adapter_folder import load_adapter
     from lightning_peft.files.last_checkpoint import last_checkpoint
     from lightning_peft.method import inject
+    from lightning_peft.methods.bottleneck import BottleneckAdapter
     from lightning_peft.methods.freeze import Freeze
     from lightning_peft.methods.lora import LoRA
+    from lightning_peft.methods.p_tuning import PTuning
+    from lightning_peft.methods.prefix_tuning import PrefixTuning
+    from lightning_peft.methods.prompt_tuning import PromptTuning
     from lightning_peft.module import PEFTModule
     from lightning_peft.targets import Targets
 
@@ -21,10 +25,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "adapter",
+    "BottleneckAdapter": "methods.bottleneck",
     "Freeze": "methods.freeze",
     "LoRA": "methods.lora",
     "PEFT": "callback",
     "PEFTModule": "module",
+    "PTuning": "methods.p_tuning",
+    "PrefixTuning": "methods.prefix_tuning",
+    "PromptTuning": "methods.prompt_tuning",
     "Targets": "targets",
     "inject": "method",
     "last_checkpoint": "files.last_checkpoint",
@@ -34,9 +42,13 @@ _HOMES = {
 __all__ = [
     "PEFT",
     "Adapter",
+    "BottleneckAdapter",
     "Freeze",
     "LoRA",
     "PEFTModule",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "Targets",
     "inject",
     "last_checkpoint",
