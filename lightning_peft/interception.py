@@ -79,7 +79,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and (*args, kwargs.get("query"))[0].dim() == 4:
             return _scaled(self.host, *args, **kwargs)
         name, result = func.__name__.strip("_"), func(*args, **kwargs)
         if not isinstance(result, Tensor):
@@ -117,9 +117,9 @@ def _scaled(
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **settings)
         return y.transpose(1, 2), None
 
-    inputs = [x if x.dim() == 4 else x[None] for x in (query, key, value)]
-    output, _ = through_deltas(base, host)(host, *inputs, attn_mask, is_causal=is_causal)
-    return output.transpose(1, 2).view(*query.shape[:-1], -1)
+    attend = through_deltas(base, host)
+    output, _ = attend(host, query, key, value, attn_mask, is_causal=is_causal)
+    return output.transpose(1, 2)
 
 
 def _attended(host: Any, chain: _Chain, weighted: _Product | None, result: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from lightning_peft.attention import uses_interface
 from lightning_peft.delta import Attending, Delta, attach, detach
 from lightning_peft.errors import TargetError
 
-TOKENS = 16
-"""How many tokens a probe takes, where nobody asks for certain ones."""
+TOKENS = 17
+"""How many tokens a probe takes, where nobody asks for certain ones: as many as heads never are."""
 
 _NAME = "probe"
 _AUDIO = 16_000
@@ -139,7 +139,14 @@ def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
                 f"which failed: {type(error).__name__}: {error}"
             ) from error
     seen = {name: r.seen for name, r in recorders.items() if r.seen is not None}
-    return {n: s for n, s in seen.items() if not any(m.startswith(f"{n}.") for m in seen)}
+    count = len(ids) or TOKENS
+    return {
+        name: s
+        for name, s in seen.items()
+        if not any(other.startswith(f"{name}.") for other in seen)
+        # With a head for each token it attends to something else: to layers below, for instance.
+        and (len(s.key) % count or s.key.shape[1] == count)
+    }
 
 
 def _candidates(model: nn.Module) -> Iterator[Named]:
@@ -198,11 +205,11 @@ def _on_paper(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def _inputs(model: Any, ids: Sequence[int]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Yield makers of the inputs to try: the main one alone, then all that are known."""
+    """Yield makers of the inputs to try: the main one alone, all of text, then all there are."""
     taken = inspect.signature(model.forward).parameters
     made = {name: maker for name, maker in _MAKERS.items() if name in taken}
     settings = {"use_cache": False} if "use_cache" in taken else {}
-    for wanted in ([model.main_input_name], list(made)):
+    for wanted in ([model.main_input_name], ["input_ids", "decoder_input_ids"], list(made)):
 
         def make(names: list[str] = wanted) -> dict[str, Any]:
             inputs = {name: made[name](model, ids) for name in names if name in made}
@@ -235,8 +242,9 @@ def _noise(model: Any, *shape: int) -> Tensor:
 
 
 def _features(model: Any, ids: Sequence[int]) -> Tensor:
-    config = model.config
-    mels: int = getattr(config, "num_mel_bins", None) or config.input_feat_per_channel
+    config = getattr(model.config, "audio_config", model.config)
+    default: int = getattr(config, "input_feat_per_channel", 80)
+    mels: int = getattr(config, "num_mel_bins", default)
     frames = 2 * getattr(config, "max_source_positions", 1500)
     return _noise(model, mels, frames)
 

@@ -46,6 +46,9 @@ def attend_to_prefix(
         mask = F.pad(mask, (count, 0), value=0 if mask.is_floating_point() else 1)
     if not dummies:
         return base(host, query, key, value, mask, **kwargs)
+    for name, x in kwargs.items():  # what else has a row for each query
+        if name != "position_bias" and _is_by_query(x, query):
+            kwargs[name] = F.pad(x, (0, 0, dummies, 0))
     output, *rest = base(host, F.pad(query, (0, 0, dummies, 0)), key, value, mask, **kwargs)
     return output[:, dummies:], *rest
 
@@ -54,6 +57,10 @@ def _is_causal(host: nn.Module, kwargs: dict[str, Any]) -> bool:
     # As transformers' sdpa decides.
     causal = kwargs.get("is_causal")
     return bool(getattr(host, "is_causal", True) if causal is None else causal)
+
+
+def _is_by_query(x: Any, query: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4 and x.shape[1:3] == query.shape[1:3]
 
 
 def _spread(further: Tensor, like: Tensor) -> Tensor:
