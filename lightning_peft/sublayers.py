@@ -89,11 +89,11 @@ def keys_and_values(attention: Named) -> list[Named]:
 
 
 def last_projections(sublayer: SubLayer, width: int) -> list[Named]:
-    """Return what projects a feed-forward's inner activations: one layer, or that of each expert.
+    """Return what projects a branch's inner activations: one layer, or that of each expert.
 
     Experts whose weights are fused into one tensor are returned as the module that owns them.
     """
-    if is_linear(sublayer.output[1]):
+    if is_linear(sublayer.output[1]) or isinstance(sublayer.output[1], CONVOLUTIONS):
         return [sublayer.output]
     return list(_each_expert(*sublayer.output, width))
 
@@ -203,7 +203,11 @@ def _of_chain(index: int, chain: list[Named]) -> SubLayer:
 
 
 def _of_branch(index: int, branch: Named, width: int) -> SubLayer:
-    output = None if _has_experts(branch[1]) else _output_projection(*branch, width)
+    if _has_experts(branch[1]):
+        return SubLayer(index, False, branch, branch, branch)
+    output = _output_projection(*branch, width)
+    if output is None and not _holds_matrices(branch[1]):
+        output = _linears(*branch)[-1]  # of a stage that changes the width
     if output is None or not _has_norm(branch[1]):
         return SubLayer(index, False, output or branch, branch, branch)
     linear = [named for named in _linears(*branch) if named != output] or [output]

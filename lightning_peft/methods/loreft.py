@@ -149,7 +149,7 @@ class Intervention(Delta):
         return edited if h is output else type(output)((edited, *output[1:]))
 
     def _everywhere(self, h: Tensor) -> Tensor:
-        if h.shape[-1] == self.width:
+        if h.is_nested or h.shape[-1] == self.width:
             return cast(Tensor, self.edit(h))
         return cast(Tensor, self.edit(h.movedim(1, -1)).movedim(-1, 1))
 

@@ -135,7 +135,8 @@ def test_patterns_and_layers_choose(name: str, build: Build) -> None:
         assert sorted(n for n, _, _ in adapter.deltas) == hosts
     else:
         adapter = inject(model, IA3(keys_values="convolution", feed_forward=()), head=False)
-        assert adapter.deltas
+        last = inject(model, IA3(), "other", head=False)
+        assert len(last.deltas) == 4 < len(adapter.deltas)
 
 
 def test_a_model_without_anything_to_scale_is_refused(build: Build) -> None:
