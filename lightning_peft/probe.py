@@ -139,13 +139,12 @@ def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
                 f"which failed: {type(error).__name__}: {error}"
             ) from error
     seen = {name: r.seen for name, r in recorders.items() if r.seen is not None}
-    count = len(ids) or TOKENS
     return {
         name: s
         for name, s in seen.items()
         if not any(other.startswith(f"{name}.") for other in seen)
         # With a head for each token it attends to something else: to layers below, for instance.
-        and (len(s.key) % count or s.key.shape[1] == count)
+        and (ids or len(s.key) % TOKENS)
     }
 
 
