@@ -44,7 +44,8 @@ def virtual_deltas(
 
     Args:
         model: where to look for the core.
-        make: makes the tokens for their host: the word embedding, or an image's embeddings.
+        make: makes the tokens for their host: the word embedding, or where there is none what
+            embeds an image's patches, or an `nn.TransformerEncoder`.
         layout: "clean", or "peft" to place them as peft does.
         arrange: puts the ids of the tokens in order, real ones among them.
 
@@ -53,7 +54,7 @@ def virtual_deltas(
     """
     cores = _innermost(_candidates(model, "input_ids"))
     if not cores:
-        return _image_deltas(model, make)
+        return _deltas_without_ids(model, make)
     core, decoder = _split(model, cores)
     table = _table(core)
     virtual = make(core.module.get_submodule(table))
@@ -205,16 +206,20 @@ def _offset(table: nn.Embedding) -> int:
     return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
-def _image_deltas(model: nn.Module, make: Callable[[nn.Module], Virtual]) -> dict[str, Delta]:
+def _deltas_without_ids(model: nn.Module, make: Callable[[nn.Module], Virtual]) -> dict[str, Delta]:
     for core in _innermost(_candidates(model, "pixel_values")):
         _require_sequence(core, model)
         for name, child in core.module.named_children():
             if "pixel_values" in _arguments(child):
                 virtual = make(child)
                 return {_join(core.name, name): virtual, core.name: Leave(virtual.tokens)}
+    for name, module in anatomy.base_modules(model):
+        if isinstance(module, nn.TransformerEncoder):
+            return {name: make(module)}
     raise TargetError(
         f"{type(model).__name__} takes neither `input_ids` nor an image as a sequence of patches "
-        "with attention over all of them: virtual tokens have nothing to stand among."
+        "with attention over all of them, and has no `nn.TransformerEncoder`: virtual tokens have "
+        "nothing to stand among."
     )
 
 

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta, slot_of
 from lightning_peft.errors import AdapterError
 from lightning_peft.ops.places import Place, behind_padding
+from lightning_peft.ops.states import append, append_states, token_dim
 
 Layout = Literal["clean", "peft"]
+Among = Literal["words", "patches", "states"]
 
 CACHES = ("past_key_values", "cache_params", "state", "cache", "mems", "past_buckets_states")
 """The names under which cores of transformers take what earlier calls left."""
@@ -45,16 +47,17 @@ _PLACE, _IDS = "_virtual_place", "_virtual_ids"
 class Virtual(Delta):
     """On the word embedding: gives the placeholders among the ids their trained vectors.
 
-    On the embeddings of an image, which has no ids, it puts the vectors behind the patches.
+    Where there are no ids it puts the vectors behind the others: on the embeddings of an image
+    behind the patches, on an `nn.TransformerEncoder` behind the states, for as long as it runs.
 
     Args:
         tokens: how many virtual tokens there are.
-        image: whether the host gives the patches of an image.
+        among: what the host gives or takes.
     """
 
-    def __init__(self, tokens: int, image: bool = False) -> None:
+    def __init__(self, tokens: int, among: Among = "words") -> None:
         super().__init__()
-        self.tokens, self.image = tokens, image
+        self.tokens, self.among = tokens, among
         # Several adapters may put tokens into one text: each needs ids of its own. They fit 32 bits
         # and are negative, so no comparison with a real id, nor a search for the largest, hits one.
         self.first = -random.SystemRandom().randrange(1, 2**30)
@@ -72,7 +75,9 @@ class Virtual(Delta):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Replace the placeholders by an id that the table has."""
-        if self.image:
+        if self.among == "states":
+            return (), append_states(host, args, kwargs, self.vectors())
+        if self.among == "patches":
             return args, kwargs
         (name, ids), *rest = kwargs.items() if not args else [("", args[0])]
         if ids.numel() < self.tokens:  # they enter all or none, so none did
@@ -85,7 +90,10 @@ class Virtual(Delta):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Put the vectors where the placeholders were, `(batch, tokens, d_model)`."""
-        if self.image:
+        if self.among == "states":
+            dim = token_dim(host, output)
+            return output.narrow(dim, 0, output.shape[dim] - self.tokens)
+        if self.among == "patches":
             return self._appended(output)
         for delta, ids in getattr(args[0], _IDS, ()) if args else ():
             if delta is self:
@@ -102,7 +110,7 @@ class Virtual(Delta):
     def _appended(self, output: Any) -> Any:
         if isinstance(output, tuple):  # some give the size of the grid beside the patches
             return (self._appended(output[0]), *output[1:])
-        return torch.cat([output, self.vectors().to(output.dtype).expand(len(output), -1, -1)], 1)
+        return append(output, self.vectors(), 1)
 
     def _are_mine(self, ids: Tensor) -> Tensor:
         return (ids <= self.first) & (ids > self.first - self.tokens)

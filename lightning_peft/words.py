@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.anatomy import base_modules, is_linear
 from lightning_peft.errors import AdapterError, ConfigError
+from lightning_peft.virtual_tokens import Among
 
 _SAMPLE = 1024
 _SIZE_UNKNOWN = 0.02
@@ -22,8 +23,8 @@ class Start(NamedTuple):
     size: float
     """Root mean square of the entries of a word's vector."""
 
-    image: bool
-    """Whether they stand among patches."""
+    among: Among
+    """What they stand among."""
 
 
 def check_tokens(tokens: int, layout: str) -> None:
@@ -69,25 +70,27 @@ def starting_vectors(host: nn.Module, tokens: int, ids: Sequence[int] | None) ->
         tokens: how many there are.
         ids: of the words to start from, cut or repeated; empty to draw words, None for noise.
     """
+    if isinstance(host, nn.TransformerEncoder):
+        return _among_states(host, tokens)
     table = getattr(host, "weight", None)
     if table is None:
         return _among_patches(host, tokens)
     dtype = torch.promote_types(table.dtype, torch.float32) if table.is_floating_point() else None
     if table.is_meta:
-        return Start(table.new_empty(tokens, table.shape[1], dtype=dtype), _SIZE_UNKNOWN, False)
+        return Start(table.new_empty(tokens, table.shape[1], dtype=dtype), _SIZE_UNKNOWN, "words")
     drawn = _vectors(host, torch.randint(len(table), (_SAMPLE,), device=table.device))
     size = float(drawn.square().mean().sqrt())
     if ids is None:
-        return Start(torch.randn_like(drawn[:1].expand(tokens, -1)) * size, size, False)
+        return Start(torch.randn_like(drawn[:1].expand(tokens, -1)) * size, size, "words")
     if not ids:
-        return Start(_vectors(host, _words(host, tokens)), size, False)
+        return Start(_vectors(host, _words(host, tokens)), size, "words")
     if wrong := [i for i in ids if not 0 <= i < len(table)]:
         raise AdapterError(
             f"`init_ids` must lie in [0, {len(table)}), the model's vocabulary, but {wrong[0]} "
             "does not: take the model's own tokenizer."
         )
     repeated = [ids[i % len(ids)] for i in range(tokens)]
-    return Start(_vectors(host, torch.tensor(repeated, device=table.device)), size, False)
+    return Start(_vectors(host, torch.tensor(repeated, device=table.device)), size, "words")
 
 
 def _words(host: Any, tokens: int) -> Tensor:
@@ -108,6 +111,13 @@ def _vectors(host: nn.Module, ids: Tensor) -> Tensor:
     return rows.detach().clone().to(torch.promote_types(rows.dtype, torch.float32))
 
 
+def _among_states(host: nn.TransformerEncoder, tokens: int) -> Start:
+    weight = cast(Tensor, host.get_parameter("layers.0.linear1.weight"))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    start = torch.empty(tokens, weight.shape[1], dtype=dtype, device=weight.device)
+    return Start(start if start.is_meta else start.normal_(), 1.0, "states")  # as normalised ones
+
+
 def _among_patches(host: nn.Module, tokens: int) -> Start:
     kinds = (nn.Conv2d, nn.Conv3d)
     projections = [m for _, m in base_modules(host) if isinstance(m, kinds) or is_linear(m)]
@@ -116,4 +126,4 @@ def _among_patches(host: nn.Module, tokens: int) -> Start:
     size = (2 / fan) ** 0.5
     dtype = torch.promote_types(weight.dtype, torch.float32)
     start = torch.empty(tokens, weight.shape[0], dtype=dtype, device=weight.device)
-    return Start(start if start.is_meta else start.normal_(std=size), size, True)
+    return Start(start if start.is_meta else start.normal_(std=size), size, "patches")

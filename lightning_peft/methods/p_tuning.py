@@ -102,7 +102,7 @@ class Encoded(Virtual):
     """
 
     def __init__(self, start: Start, encoder: nn.Module) -> None:
-        super().__init__(len(start.vectors), start.image)
+        super().__init__(len(start.vectors), start.among)
         self.size, self.encoder = start.size, encoder
         self.inputs = nn.Parameter(torch.empty_like(start.vectors))
         self.reset_parameters()

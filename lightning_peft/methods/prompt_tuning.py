@@ -79,7 +79,7 @@ class Prompt(Virtual):
     """The trained vectors, `(tokens, d_model)`."""
 
     def __init__(self, start: Start) -> None:
-        super().__init__(len(start.vectors), start.image)
+        super().__init__(len(start.vectors), start.among)
         self.size = start.size
         self.prompt = nn.Parameter(start.vectors)
 
