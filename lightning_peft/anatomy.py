@@ -94,7 +94,7 @@ def read_by_parents(model: nn.Module) -> set[str]:
     return {
         f"{name}.{child}".lstrip(".")
         for name, parent in base_modules(model)
-        for child in _children_read(type(parent))
+        for child in _children_read(cast(type, type(parent)))
         if _is_plain_linear(parent._modules.get(child))
     }
 

@@ -107,7 +107,8 @@ class PEFTHooks:
         """Hold back what a schedule does not train yet; stop before a non-finite step."""
         if self._peft_fitted is not None:
             self._peft_fitted.hold_back(cast(Any, self).current_epoch)
-            steps.before_step(self._peft_fitted, *self._peft_progress())
+            if steps.steers(self._peft_fitted):
+                steps.before_step(self._peft_fitted, *self._peft_progress())
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         loss, self._peft_loss = self._peft_loss, None
         if self._peft_fitted is not None:  # a learning-rate finder diverges on purpose
