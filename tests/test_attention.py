@@ -285,6 +285,7 @@ def test_only_classes_that_ask_the_interface_are_redirected(build: Build) -> Non
         ("flash_attention_2", {"sliding_window": 4}, "a sliding window"),
         ("flash_attention_2", {"cu_seq_lens_q": torch.tensor([0, 5])}, "packed sequences"),
         ("sdpa", {"cache": object()}, "a paged cache"),
+        ("flex_attention", {"attention_mask": object()}, "masks of kind object"),
     ],
 )
 def test_what_would_drop_the_keys_is_refused(
@@ -301,18 +302,9 @@ def test_what_would_drop_the_keys_is_refused(
         model.config._attn_implementation_internal = name
         x, angles = torch.randn(1, 3, 32), (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
         with pytest.raises(AdapterError, match=f"cannot enter `{name}` attention with {reason}"):
-            host(x, position_embeddings=angles, attention_mask=None, **kwargs)
+            host(x, position_embeddings=angles, **{"attention_mask": None, **kwargs})
     finally:
         AttentionInterface.register(name, present)
-
-
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-def test_a_mask_of_blocks_is_refused(build: Build) -> None:
-    example = build("llama")
-    with_keys(example.model)
-    example.model.set_attn_implementation("flex_attention")
-    with pytest.raises(AdapterError, match=r'flex_attention.*BlockMask.*"sdpa"'):
-        example.logits()
 
 
 def test_dropout_only_in_training(build: Build) -> None:
