@@ -158,20 +158,24 @@ class TiedRows(Delta):
 
 
 def _word_embedding(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Return the table of token embeddings; a model of several codebooks has one for each."""
     known = [module for _, module in base_modules(model) if is_transformers(module)]
-    tables = dict(embeddings(model))
     try:
         given: Any = known[0].get_input_embeddings() if known else None  # type: ignore[operator]
     except NotImplementedError:
         given = None
-    if given is not None:
-        tables = {name: table for name, table in tables.items() if table is given}
-    if not tables:
+    named = embeddings(model)
+    if given is None:
+        found = dict(named[:1])
+    else:
+        own_tables = [given, *(given if isinstance(given, nn.ModuleList) else ())]
+        found = {name: table for name, table in named if any(table is t for t in own_tables)}
+    if not found:
         raise TargetError(
             f"{type(model).__name__} has no table of token embeddings, so there is no token to "
             "train."
         )
-    return dict([next(iter(tables.items()))])
+    return found
 
 
 def _is_table(module: nn.Module) -> bool:
