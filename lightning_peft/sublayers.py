@@ -208,7 +208,8 @@ def _of_branch(index: int, branch: Named, width: int) -> SubLayer:
     output = _output_projection(*branch, width)
     if output is None and not _holds_matrices(branch[1]):
         output = _linears(*branch)[-1]  # of a stage that changes the width
-    if output is None or not _has_norm(branch[1]):
+    apart = _has_norm(branch[1]) or isinstance(branch[1], nn.Sequential)  # which carries nothing
+    if output is None or not apart:
         return SubLayer(index, False, output or branch, branch, branch)
     linear = [named for named in _linears(*branch) if named != output] or [output]
     entry = next((named for named in linear if fan(named[1])[0] == width), linear[0])

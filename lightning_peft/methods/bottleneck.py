@@ -216,12 +216,10 @@ class Bottleneck(Delta):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return the output, and what is beside it in a tuple, with the change added."""
-        h = output[0] if isinstance(output, tuple | list) else output
-        x = self._input(args, kwargs) if self.reads_input else h
-        if x is None:
-            return output
-        changed = self._add(h, x)
-        return changed if h is output else type(output)((changed, *output[1:]))
+        if isinstance(output, tuple | list):
+            return type(output)((self.forward(host, args, kwargs, output[0]), *output[1:]))
+        x = self._input(args, kwargs) if self.reads_input else output
+        return output if x is None else self._add(output, x)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.tapped is None:

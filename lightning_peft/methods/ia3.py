@@ -181,7 +181,8 @@ def _of_output(host: nn.Module) -> Delta:
 
 
 def _of_input(model: nn.Module, name: str, host: nn.Module) -> Delta:
-    if names := anatomy.read_weights(host):
+    names = [n for n in anatomy.read_weights(host) if cast(Tensor, getattr(host, n)).dim() == 3]
+    if names:
         weight, width = cast(Tensor, getattr(host, names[-1])), _width_around(model, name)
         stack, rows, columns = weight.shape
         shape = (stack, 1, columns) if rows == width else (stack, rows, 1)

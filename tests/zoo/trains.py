@@ -85,17 +85,22 @@ def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
 
 
 def _unreached(cell: Cell) -> set[str]:
-    """Return the modules whose matrices have no gradient even when all of the base is trained."""
+    """Return the modules without a gradient even when all of the base is trained.
+
+    What is no matrix only counts of modules that own none, such as norms.
+    """
     twin = replace(cell, model=copy.deepcopy(cell.model).train())  # some have no loss in eval mode
     twin.loss().backward()
-    owned, reached = set(), set()
+    owned, reached, simple = set(), set(), set()
     for name, parameter in twin.model.named_parameters(remove_duplicate=False):
         if parameter.dim() > 1:
             parts = name.split(".")[:-1]
             above = {".".join(parts[:i]) for i in range(len(parts) + 1)}
             owned |= above
             reached |= above if parameter.grad is not None and bool(parameter.grad.any()) else set()
-    return owned - reached
+        elif parameter.grad is None or not parameter.grad.any():
+            simple.add(name.rpartition(".")[0])
+    return (owned - reached) | (simple - owned)
 
 
 def _step(cell: Cell, adapter: Adapter) -> set[str]:
