@@ -169,8 +169,9 @@ def _chains(name: str, block: nn.Module, width: int) -> list[list[Named]]:
         for named in found if kind == "loose" else ():
             chain.append(named)
             if len(chain) > 1 and fan(named[1])[1] == width:
-                chains.append(chain)
+                chains += [chain] if fan(chain[0][1])[0] == width else []
                 chain = []
+                break  # what else the same module owns comes behind the residual sum
     return chains
 
 
