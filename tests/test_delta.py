@@ -237,3 +237,10 @@ def test_a_weight_is_read_through_its_deltas_and_stays_what_it_is() -> None:
     detach(host, "reverse")
     assert type(host) is nn.Linear
     assert torch.equal(host(x), plain(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_delta_is_in_the_mode_of_its_host(training: bool) -> None:
+    host = Identity().train(training)
+    attach(host, "add", Add(1.0))
+    assert slot_of(host)["add"].training is training
