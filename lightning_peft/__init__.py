@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.prefix_tuning import PrefixTuning
     from lightning_peft.methods.prompt_tuning import PromptTuning
     from lightning_peft.module import PEFTModule
-    from lightning_peft.targets import Targets
+    from lightning_peft.structure.targets import Targets
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _HOMES = {
     "PTuning": "methods.p_tuning",
     "PrefixTuning": "methods.prefix_tuning",
     "PromptTuning": "methods.prompt_tuning",
-    "Targets": "targets",
+    "Targets": "structure.targets",
     "inject": "method",
     "last_checkpoint": "files.last_checkpoint",
     "load_adapter": "files.adapter_folder",

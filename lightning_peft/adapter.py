@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_transformers
 from lightning_peft.delta import (
     SLOT,
     Delta,
@@ -27,6 +26,7 @@ from lightning_peft.delta import (
 from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.optimizers import parameter_groups
+from lightning_peft.structure.anatomy import is_transformers
 
 if TYPE_CHECKING:
     from lightning_peft.method import Method

@@ -15,7 +15,7 @@ from lightning_peft.hooks import LateHooks, PEFTHooks, adopt_late
 from lightning_peft.injection import Injection, as_methods
 from lightning_peft.loading import load_foreign
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns
+from lightning_peft.structure.targets import Patterns
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 

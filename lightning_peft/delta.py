@@ -131,7 +131,7 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
         mixins = (_Reweighed,) if once else (_Remembering, _Reweighed)
         module.__class__ = subclass(cast(type, type(module)), *mixins)
     if type(delta).attend is not Delta.attend and not any(map(_attends, _layers(type(module)))):
-        from lightning_peft.attention import route  # which knows deltas itself
+        from lightning_peft.deltas.attention import route  # which knows deltas itself
 
         module.__class__ = subclass(cast(type, type(module)), cast(type, route(module)))
     slot[name] = delta.train(module.training)

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.anatomy import head_parameters
 from lightning_peft.delta import Delta
-from lightning_peft.targets import Patterns, trained_in_place
+from lightning_peft.structure.anatomy import head_parameters
+from lightning_peft.structure.targets import Patterns, trained_in_place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from lightning_peft.injection import Injection, as_methods
 from lightning_peft.method import Method
 from lightning_peft.models import ModelSource
 from lightning_peft.schedule import warmup_decay
-from lightning_peft.targets import Patterns
+from lightning_peft.structure.targets import Patterns
 from lightning_peft.tasks.task import Task
 
 _COURSES = ("linear", "cosine", "constant")

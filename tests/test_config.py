@@ -23,7 +23,7 @@ from lightning_peft.methods.freeze import Freeze
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.models import ModelSource
-from lightning_peft.targets import Targets
+from lightning_peft.structure.targets import Targets
 from lightning_peft.tasks.sequence_classification import SequenceClassification
 
 

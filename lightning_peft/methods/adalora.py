@@ -19,8 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_peft.delta import Delta
-from lightning_peft.errors import AdapterError, ConfigError
-from lightning_peft.low_rank import (
+from lightning_peft.deltas.low_rank import (
     Product,
     Site,
     check_rank,
@@ -30,8 +29,9 @@ from lightning_peft.low_rank import (
     fresh_factors,
     is_whole,
 )
+from lightning_peft.errors import AdapterError, ConfigError
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft import anatomy
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import TargetError
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure import anatomy
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_linear
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.low_rank import Site
+from lightning_peft.deltas.rotation import Rotation, find_rotatable
+from lightning_peft.deltas.weight_delta import trained, weight_deltas
 from lightning_peft.errors import ConfigError
-from lightning_peft.low_rank import Site
 from lightning_peft.method import Method
 from lightning_peft.ops.orthogonal import cayley, multiply_blocks, nearest_divisor
-from lightning_peft.rotation import Rotation, find_rotatable
-from lightning_peft.targets import Patterns, Targets
-from lightning_peft.weight_delta import trained, weight_deltas
+from lightning_peft.structure.anatomy import is_linear
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import sublayers
-from lightning_peft.anatomy import is_linear, layers
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.ops.bottleneck import ACTIVATIONS, bottleneck, gate
-from lightning_peft.sublayers import CONVOLUTIONS, SubLayer
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure import sublayers
+from lightning_peft.structure.anatomy import is_linear, layers
+from lightning_peft.structure.sublayers import CONVOLUTIONS, SubLayer
+from lightning_peft.structure.targets import Patterns, Targets
 
 _NARROWEST = 8
 """Fewer units may all be dead at the start, and then never learn."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.low_rank import (
+from lightning_peft.deltas.low_rank import (
     Product,
     Site,
     check_rank,
@@ -28,7 +28,7 @@ from lightning_peft.low_rank import (
 )
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import changed_norm
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

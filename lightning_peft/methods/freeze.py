@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft import anatomy
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, trained_in_place
+from lightning_peft.structure import anatomy
+from lightning_peft.structure.targets import Patterns, trained_in_place
 
 _USUAL = 2
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import anatomy, sublayers
-from lightning_peft.anatomy import Named, is_conv1d, is_linear
 from lightning_peft.delta import Delta, NotMergeable
 from lightning_peft.errors import TargetError
 from lightning_peft.method import Method
-from lightning_peft.sublayers import CONVOLUTIONS
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure import anatomy, sublayers
+from lightning_peft.structure.anatomy import Named, is_conv1d, is_linear
+from lightning_peft.structure.sublayers import CONVOLUTIONS
+from lightning_peft.structure.targets import Patterns, Targets
 
 _ADAPTABLE = "Linear, Conv1D and Conv2d"
 

@@ -16,13 +16,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.low_rank import Site, find_hosts
+from lightning_peft.deltas.weight_delta import WeightDelta, trained, weight_deltas
 from lightning_peft.errors import ConfigError
-from lightning_peft.low_rank import Site, find_hosts
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import add_low_rank
 from lightning_peft.ops.structured import khatri_rao
-from lightning_peft.targets import Patterns, Targets
-from lightning_peft.weight_delta import WeightDelta, trained, weight_deltas
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

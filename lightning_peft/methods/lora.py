@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.errors import ConfigError
-from lightning_peft.low_rank import (
+from lightning_peft.deltas.low_rank import (
     LowRank,
     Product,
     Site,
@@ -24,8 +23,9 @@ from lightning_peft.low_rank import (
     find_hosts,
     first_match,
 )
+from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import anatomy, sublayers
 from lightning_peft.delta import Delta
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.method import Method
+from lightning_peft.structure import anatomy, sublayers
 
 _FAR = 2**30
 """Further from either end than any position that is edited."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.low_rank import (
+from lightning_peft.deltas.low_rank import (
     Departure,
     Product,
     Site,
@@ -28,7 +28,7 @@ from lightning_peft.low_rank import (
     values_of,
 )
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

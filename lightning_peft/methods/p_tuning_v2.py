@@ -15,9 +15,9 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.learned_keys import LearnedKeys, check, chosen
+from lightning_peft.deltas.learned_keys import LearnedKeys, check, chosen
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

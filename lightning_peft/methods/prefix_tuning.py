@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import CONTAINERS, Delta
-from lightning_peft.errors import ConfigError
-from lightning_peft.learned_keys import (
+from lightning_peft.deltas.learned_keys import (
     FurtherKeys,
     LearnedKeys,
     check,
@@ -33,9 +32,10 @@ from lightning_peft.learned_keys import (
     fresh,
     start_at_tokens,
 )
+from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
-from lightning_peft.probe import Attention
-from lightning_peft.targets import Patterns, Targets
+from lightning_peft.structure.probe import Attention
+from lightning_peft.structure.targets import Patterns, Targets
 
 
 @dataclass(frozen=True, kw_only=True)

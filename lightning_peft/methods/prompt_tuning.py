@@ -14,12 +14,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_peft.cores import virtual_deltas
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.virtual_tokens import Layout, Virtual
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
-from lightning_peft.virtual_tokens import Layout, Virtual
-from lightning_peft.words import Start, check_tokens, ids_of_text, starting_vectors
+from lightning_peft.structure.cores import virtual_deltas
+from lightning_peft.structure.words import Start, check_tokens, ids_of_text, starting_vectors
 
 
 @dataclass(frozen=True, kw_only=True)

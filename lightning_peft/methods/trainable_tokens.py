@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import base_modules, embeddings, is_linear, is_transformers
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.low_rank import Table, site_of
+from lightning_peft.deltas.weight_delta import DerivedDelta, input_of, own, shared, trained
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
-from lightning_peft.low_rank import Table, site_of
 from lightning_peft.method import Method
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import DerivedDelta, input_of, own, shared, trained
+from lightning_peft.structure.anatomy import base_modules, embeddings, is_linear, is_transformers
+from lightning_peft.structure.targets import Patterns, Targets, as_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_peft import anatomy
 from lightning_peft.errors import AdapterError
 from lightning_peft.strategies.checks import is_sharded
+from lightning_peft.structure import anatomy
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -87,7 +87,7 @@ def theirs(model: nn.Module, dropout: float) -> nn.Module:
     """Return the model with peft's LoRA on the same layers."""
     import peft
 
-    from lightning_peft import anatomy
+    from lightning_peft.structure import anatomy
 
     targets = [name for name, _ in anatomy.projections(model)]
     config = peft.LoraConfig(r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets)

@@ -12,11 +12,11 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, inject
-from lightning_peft.anatomy import head_parameters
 from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import Method
+from lightning_peft.structure.anatomy import head_parameters
 from tests.zoo.build import Cell, quiet
 
 CONFIGURATIONS = Path(__file__).parents[2] / "conf" / "method"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
 from lightning_peft.ops.prefix import attend_to_prefix
-from lightning_peft.probe import Attention, probe
-from lightning_peft.targets import Patterns, Targets, as_targets
+from lightning_peft.structure.probe import Attention, probe
+from lightning_peft.structure.targets import Patterns, Targets, as_targets
 
 
 class FurtherKeys(Delta):

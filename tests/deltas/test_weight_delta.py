@@ -296,7 +296,7 @@ def test_constants_follow_a_move_and_a_cast(method: str) -> None:
 
 
 def test_constants_go_with_the_last_that_holds_them() -> None:
-    from lightning_peft.weight_delta import _SHARED
+    from lightning_peft.deltas.weight_delta import _SHARED
 
     gc.collect()
     before = len(_SHARED)

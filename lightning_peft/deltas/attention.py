@@ -29,12 +29,12 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 def route(module: nn.Module) -> type[Attending]:
     """Return the mixin that lets deltas into the attention of `module`."""
     if isinstance(module, nn.MultiheadAttention):
-        from lightning_peft.torch_attention import MultiHead
+        from lightning_peft.deltas.torch_attention import MultiHead
 
         return MultiHead
     if uses_interface(type(module)):
         return Interfaced
-    from lightning_peft.interception import Intercepted
+    from lightning_peft.deltas.interception import Intercepted
 
     return Intercepted
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import anatomy
 from lightning_peft.delta import Delta, NotMergeable
 from lightning_peft.errors import AdapterError, ConfigError, TargetError, near_misses
 from lightning_peft.ops.low_rank import add_low_rank
-from lightning_peft.targets import Fits, Patterns, Targets, as_targets, matches
+from lightning_peft.structure import anatomy
+from lightning_peft.structure.targets import Fits, Patterns, Targets, as_targets, matches
 
 ADAPTABLE = "Linear, Conv1D, Embedding, Conv1d, Conv2d, MultiheadAttention and fused experts"
 

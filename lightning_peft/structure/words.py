@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import base_modules, is_linear
+from lightning_peft.deltas.virtual_tokens import Among
 from lightning_peft.errors import AdapterError, ConfigError
-from lightning_peft.virtual_tokens import Among
+from lightning_peft.structure.anatomy import base_modules, is_linear
 
 _SAMPLE = 1024
 _SIZE_UNKNOWN = 0.02

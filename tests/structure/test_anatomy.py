@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_peft import LoRA, anatomy, inject
+from lightning_peft import LoRA, inject
+from lightning_peft.structure import anatomy
 
 Build = Callable[[str], Any]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft import anatomy
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import ConfigError, TargetError, near_misses
+from lightning_peft.structure import anatomy
 
 ALL_LINEAR = "all-linear"
 

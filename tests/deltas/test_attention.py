@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, inject
-from lightning_peft.attention import uses_interface
 from lightning_peft.delta import SLOT, Attending, Delta, attach, detach, slot_of
+from lightning_peft.deltas.attention import uses_interface
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods import PTuningV2
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import Named, base_modules, is_transformers, under
-from lightning_peft.attention import uses_interface
 from lightning_peft.delta import Attending, Delta, attach, detach
+from lightning_peft.deltas.attention import uses_interface
 from lightning_peft.errors import TargetError
+from lightning_peft.structure.anatomy import Named, base_modules, is_transformers, under
 
 TOKENS = 17
 """How many tokens a probe takes, where nobody asks for certain ones: as many as heads never are."""

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_linear, read_weights
-from lightning_peft.low_rank import has_matrix, site_of
-from lightning_peft.targets import Patterns, Targets, as_targets
-from lightning_peft.weight_delta import WeightDelta, input_of, with_input
+from lightning_peft.deltas.low_rank import has_matrix, site_of
+from lightning_peft.deltas.weight_delta import WeightDelta, input_of, with_input
+from lightning_peft.structure.anatomy import is_linear, read_weights
+from lightning_peft.structure.targets import Patterns, Targets, as_targets
 
 _ROTATABLE = "layers with an input wider than 1 that are neither embeddings nor quantised"
 

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_peft import anatomy
 from lightning_peft.delta import Delta
-from lightning_peft.errors import TargetError
-from lightning_peft.virtual_tokens import (
+from lightning_peft.deltas.virtual_tokens import (
     CACHES,
     Attended,
     Enter,
@@ -19,6 +17,8 @@ from lightning_peft.virtual_tokens import (
     Placeless,
     Virtual,
 )
+from lightning_peft.errors import TargetError
+from lightning_peft.structure import anatomy
 
 _POSITIONS = re.compile(
     r"(abs(olute)?_)?(wpe|embed_positions|pos(ition(al)?)?s?_emb(ed(ding)?s?)?(_table)?)"

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.test_attention import with_keys
 from torch import Tensor, nn
 
 from lightning_peft import inject
 from lightning_peft.delta import SLOT, Attending, slot_of
-from lightning_peft.interception import Intercepted
+from lightning_peft.deltas.interception import Intercepted
 from lightning_peft.methods import PTuningV2
-from tests.test_attention import with_keys
 from tests.zoo import build as build_from_zoo
 
 Build = Callable[[str], Any]
@@ -28,7 +28,7 @@ def test_equals_the_interface(
     adapter = with_keys(example.model)
     expected = example.output()
     expected.square().mean().backward()
-    monkeypatch.setattr("lightning_peft.attention.route", lambda module: Intercepted)
+    monkeypatch.setattr("lightning_peft.deltas.attention.route", lambda module: Intercepted)
     watched = build(name)
     watched.model.set_attn_implementation(implementation)
     ours = with_keys(watched.model)
@@ -105,8 +105,8 @@ class Written(nn.Module):
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_way_to_write_it_gives_the_paper_s_formula(way: str, masked: bool) -> None:
     from lightning_peft.delta import attach
-    from lightning_peft.learned_keys import LearnedKeys
-    from lightning_peft.probe import Attention
+    from lightning_peft.deltas.learned_keys import LearnedKeys
+    from lightning_peft.structure.probe import Attention
 
     torch.manual_seed(0)
     host, x = Written(way), torch.randn(3, 5, 16)

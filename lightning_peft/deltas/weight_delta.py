@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.anatomy import is_linear
 from lightning_peft.delta import Delta, NotMergeable, slot_of
-from lightning_peft.low_rank import Kernel, Site, Table, deltas_for, fresh
+from lightning_peft.deltas.low_rank import Kernel, Site, Table, deltas_for, fresh
+from lightning_peft.structure.anatomy import is_linear
 
 _SHARED: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft import anatomy
-from lightning_peft.anatomy import Named, is_attention, is_conv1d, is_linear
 from lightning_peft.delta import SLOT
+from lightning_peft.structure import anatomy
+from lightning_peft.structure.anatomy import Named, is_attention, is_conv1d, is_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _LISTS = (nn.ModuleList, nn.ModuleDict)

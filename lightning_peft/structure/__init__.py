@@ -1,0 +1,1 @@
+"""Where a model keeps what methods change, found by structure and not by a list of model names."""

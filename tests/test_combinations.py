@@ -1,0 +1,95 @@
+"""Several methods in one adapter: trained, saved, loaded and taken out as one."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_peft import (
+    BottleneckAdapter,
+    LoRA,
+    PEFTModule,
+    PrefixTuning,
+    PromptTuning,
+    inject,
+    load_adapter,
+)
+from lightning_peft.tasks.sequence_classification import SequenceClassification
+from tests.lightning_modules import At, changed, snapshot, trainer
+
+Build = Callable[[str], Any]
+
+MIXES = {
+    "lora, prefix, bottleneck": (LoRA(), PrefixTuning(tokens=4), BottleneckAdapter()),
+    "prompt, prefix, lora": (PromptTuning(tokens=4), PrefixTuning(tokens=4), LoRA()),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_mix_is_one_adapter(
+    mix: tuple[Any, ...], name: str, build: Build, tmp_path: Path
+) -> None:
+    example = build(name)
+    pristine = copy.deepcopy(example.model)
+    base = example.logits()
+    adapter = inject(example.model, mix)
+    first = {n: p.detach().clone() for n, p in adapter.named_parameters().items()}
+    example.model.train()
+    example.train(adapter.parameters())
+    example.model.eval()
+    moved = adapter.named_parameters()
+    for method in mix:
+        own = [n for n in moved if f".default_{method.kind}." in f".{n}"]
+        assert own
+        assert all(not torch.equal(moved[n], first[n]) for n in own)
+    tuned = example.logits()
+    other = build(name)
+    loaded = load_adapter(other.model, adapter.save(tmp_path / "adapter"))
+    assert torch.equal(other.logits(), tuned)
+    assert [type(method) for method in loaded.methods] == [type(method) for method in mix]
+    with adapter.disabled():
+        assert torch.equal(example.logits(), base)
+    adapter.remove()
+    assert torch.equal(example.logits(), base)
+    assert list(example.model.state_dict()) == list(pristine.state_dict())
+
+
+def test_the_order_of_the_list_is_the_order_of_the_changes(build: Build) -> None:
+    example = build("llama")
+    adapter = inject(example.model, [BottleneckAdapter(), LoRA()])
+    example.train(adapter.parameters())
+    twin = build("llama")
+    swapped = inject(twin.model, [LoRA(), BottleneckAdapter()])
+    swapped.load_state_dict(adapter.state_dict())
+    assert not torch.equal(example.logits(), twin.logits())
+
+
+def rows(shuffle: bool = False) -> DataLoader[Any]:
+    ids = torch.randint(3, 64, (12, 7), generator=torch.Generator().manual_seed(3))
+    texts = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+    return DataLoader([t | {"labels": i % 3} for i, t in enumerate(texts)], 4, shuffle=shuffle)
+
+
+def test_a_mix_resumes_exactly(build: Build, tmp_path: Path) -> None:
+    mix = (LoRA(dropout=0.2), PrefixTuning(tokens=4, bottleneck=8), BottleneckAdapter(dropout=0.1))
+    task = SequenceClassification(labels=["a", "b", "c"])
+    save = At(
+        "on_train_epoch_end",
+        lambda run, _: run.save_checkpoint(f"{tmp_path}/{run.current_epoch}.ckpt"),
+    )
+
+    def run(path: Path | None = None) -> PEFTModule:
+        module = PEFTModule(build("bert").model.train(), mix, task)
+        torch.manual_seed(7 if path is None else 8)
+        trainer(tmp_path, save, max_epochs=3).fit(
+            module, rows(shuffle=True), rows(), ckpt_path=path
+        )
+        return module
+
+    whole = snapshot(run())
+    assert changed(whole, run(tmp_path / "0.ckpt")) == set()
