@@ -4,11 +4,13 @@ import warnings
 
 from torch import nn
 
-from lightning_peft.delta import HeldInEval
+from lightning_peft.delta import Delta, HeldInEval
 
 
 def prepare(module: nn.Module, within: str) -> None:
-    """Let layers recompute activations, and hold back a warning of what is in eval mode by design.
+    """Put deltas into train mode, also in a base that is in eval mode, and let layers recompute.
+
+    A warning of what is in eval mode by design is held back.
 
     Args:
         module: the LightningModule.
@@ -19,6 +21,8 @@ def prepare(module: nn.Module, within: str) -> None:
     for child in module.modules():
         if getattr(child, "gradient_checkpointing", False):
             child.training = True
+        if isinstance(child, Delta):
+            child.train()
     _hold_back_warning(module, within)
 
 

@@ -328,6 +328,8 @@ def _delta_for(host: Any, make: Callable[[Site, Tensor], Product], read: bool) -
 
 def site_of(host: Any) -> Site:
     """Return how a product acts beside a host that is called."""
+    if isinstance(host, nn.Linear):
+        return Site((host.out_features, host.in_features))  # a quantised weight is packed
     if isinstance(host, nn.Embedding):
         scale = float(getattr(host, "embed_scale", None) or 1.0)
         return Table(tuple(host.weight.shape), True, host.padding_idx, scale)
@@ -336,9 +338,7 @@ def site_of(host: Any) -> Site:
             tuple(host.weight.shape), False, host.stride, host.padding, host.dilation, host.groups,
             host.padding_mode, tuple(host._reversed_padding_repeated_twice),
         )  # fmt: skip
-    if anatomy.is_conv1d(host):
-        return Site(tuple(host.weight.shape), transposed=True)
-    return Site((host.out_features, host.in_features))  # a quantised weight is packed
+    return Site(tuple(host.weight.shape), transposed=True)
 
 
 def values_of(site: Site, weight: Tensor, method: str) -> Tensor:
@@ -375,6 +375,13 @@ def has_matrix(module: nn.Module) -> bool:
     return is_whole(module) and plain
 
 
+_BESIDES: dict[Fits, str] = {
+    is_whole: ", not in groups",
+    has_matrix: ", neither quantised nor in groups",
+}
+"""What a method asks of its hosts besides, in words."""
+
+
 def fresh_factors(site: Site, like: Tensor, r: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Return empty A and B of rank r, to be trained."""
     a, b = (nn.Parameter(fresh(like, shape)) for shape in site.shapes(r))
@@ -388,11 +395,7 @@ def find_hosts(
     fits: Fits = can_adapt,
 ) -> dict[str, nn.Module]:
     """Return the modules that a method of the family changes, by name."""
-    besides: dict[Fits, str] = {
-        is_whole: ", not in groups",
-        has_matrix: ", neither quantised nor in groups",
-    }
-    return as_targets(targets, layers).find(model, fits, ADAPTABLE + besides.get(fits, ""))
+    return as_targets(targets, layers).find(model, fits, ADAPTABLE + _BESIDES.get(fits, ""))
 
 
 def check_rank(r: int, dropout: float = 0.0) -> None:

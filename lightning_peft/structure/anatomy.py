@@ -56,7 +56,8 @@ def layers(model: nn.Module) -> list[Named]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a Linear layer, or transformers' `Conv1D`, its transposed sibling."""
-    return is_conv1d(module) or (isinstance(module, nn.Linear) and not is_uncalled(module))
+    called = isinstance(module, nn.Linear) and not isinstance(module, _UNCALLED)
+    return called or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -76,6 +77,8 @@ def read_weights(module: nn.Module) -> list[str]:
     `(experts, ., .)`: a module that says it holds experts, and that of a linear layer which does
     with it what it likes (a router that returns several tensors).
     """
+    if not module._parameters or type(module) is nn.Linear:
+        return []
     if is_uncalled(module) or _is_own_linear(module):
         return ["weight"]
     named = [(n, p) for n, p in module._parameters.items() if p is not None and p.dim() > 1]

