@@ -62,15 +62,16 @@ class Adapter:
         self._check(in_place)
         self._required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
         model.requires_grad_(False)
+        self._hosts: list[tuple[str, str]] = []
+        self.in_place = sorted({plain_name(name) for name in in_place})
         try:
             for host, key, delta in deltas:
                 attach(model.get_submodule(host), key, delta)
-        except AdapterError:
-            self._unwind(deltas)
+                self._hosts.append((plain_name(host), key))
+            self._originals = self._set_aside() if in_place else {}
+        except BaseException:
+            self._unwind()
             raise
-        self._hosts = [(plain_name(host), key) for host, key, _ in deltas]
-        self.in_place = sorted({plain_name(name) for name in in_place})
-        self._originals = self._set_aside() if in_place else {}
         self._held = _hold_frozen_norms(model, self.in_place)
         _registry(model)[name] = self
         _tell_transformers(model)
@@ -226,6 +227,7 @@ class Adapter:
         before = [(p, p.data) for _, host, _ in self.deltas for p in host.parameters(recurse=False)]
         try:
             self._refuse_shared()
+            self._refuse_mixed()
             for _, host, delta in self.deltas:
                 delta.merge(host)
         except Exception:
@@ -269,16 +271,15 @@ class Adapter:
             heir._required |= self._required
             heir._held = [*self._held, *heir._held]
             return
-        for module, training in reversed(self._held):
-            release(module, training)
+        for module in reversed(self._held):
+            release(module)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required.get(plain_name(name), False))
 
-    def _unwind(self, deltas: Sequence[tuple[str, str, Delta]]) -> None:
-        for host, key, _ in deltas:
-            module = self.model.get_submodule(host)
-            if key in module._modules.get(SLOT, ()):  # type: ignore[operator]
-                detach(module, key)
+    def _unwind(self) -> None:
+        modules = _modules(self.model)
+        for host, key in reversed(self._hosts):
+            detach(modules[host], key)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required[plain_name(name)])
 
@@ -305,6 +306,8 @@ class Adapter:
         in_place = set(self.in_place)
         for name, parameter in self.model.named_parameters():
             if plain_name(name) in in_place:
+                if not parameter.is_floating_point():
+                    raise AdapterError(f"`{name}` is {parameter.dtype} and cannot be trained.")
                 parameter.requires_grad_(True)
         if not all(method.keeps_original for method in self.methods):
             return None
@@ -354,6 +357,16 @@ class Adapter:
             shared = any(owners[id(p)] > 1 for p in host.parameters(recurse=False))
             if shared and not delta.merges_shared:
                 raise NotMergeable(f"`{name}` shares its weight with another module.")
+
+    def _refuse_mixed(self) -> None:
+        # Folded one after another, changes that build on each other would give something else.
+        for name, host, delta in self.deltas:
+            others = [other for other in slot_of(host).values() if other is not delta]
+            if others and not all(d.additive for d in (delta, *others)):
+                raise NotMergeable(
+                    f"`{name}` is changed by {type(delta).__name__} and by "
+                    f"{type(others[0]).__name__}, which do not simply add up: remove one of them."
+                )
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
@@ -418,7 +431,7 @@ def _refuse_partial(
         missing.extend(map(Unforgivable, sorted(lost)))
 
 
-def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[tuple[nn.Module, bool]]:
+def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[nn.Module]:
     trained = {name.rpartition(".")[0] for name in in_place}
     norms = [m for n, m in _modules(model).items() if isinstance(m, _NORM) and n not in trained]
     return [hold_in_eval(norm) for norm in norms if _has_statistics(norm)]

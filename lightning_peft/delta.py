@@ -43,6 +43,9 @@ class Delta(nn.Module):
 
     active = True
 
+    additive: bool = False
+    """Whether it only adds something to the host's weight, whatever else changes that."""
+
     merges_shared: ClassVar[bool] = False
     """Whether the method has changed all modules that share the host's weight alike."""
 
@@ -224,25 +227,22 @@ class HeldInEval:
     """Mixin of a frozen normalisation, which stays in eval mode."""
 
     def train(self: Any, mode: bool = True) -> Any:
+        self.__dict__["_peft_asked"] = mode  # what it would be in, for `release`
         return super().train(False)  # type: ignore[misc]
 
 
-def hold_in_eval(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Keep a frozen normalisation in eval mode, or its running statistics drift in training.
-
-    Returns:
-        The module and the mode it had, for `release`.
-    """
+def hold_in_eval(module: nn.Module) -> nn.Module:
+    """Keep a frozen normalisation in eval mode, or its running statistics drift in training."""
     training = module.training
     module.__class__ = subclass(cast(type, type(module)), HeldInEval)
-    module.eval()
-    return module, training
-
-
-def release(module: nn.Module, training: bool) -> None:
-    """Undo `hold_in_eval`; `training` is the mode that the module had."""
-    module.__class__ = _without(type(module), HeldInEval)
     module.train(training)
+    return module
+
+
+def release(module: nn.Module) -> None:
+    """Undo `hold_in_eval`: the module goes into the mode that was last asked for."""
+    module.__class__ = _without(type(module), HeldInEval)
+    module.train(module.__dict__.pop("_peft_asked"))
 
 
 class _Quiet:
@@ -313,7 +313,7 @@ def _open(module: nn.Module) -> nn.ModuleDict:
 def _close(module: nn.Module) -> None:
     del module._modules[SLOT]
     for mixins in _layers(type(module)):
-        if mixins != (HeldInEval,):  # which is for `release` to undo
+        if {*mixins} <= {_Reweighed, _Remembering} or _attends(mixins):  # what `attach` put there
             module.__class__ = _without(type(module), *mixins)
     pre, post = module._forward_pre_hooks, module._forward_hooks
     for key in [key for key, hook in pre.items() if hook is _before]:

@@ -1,6 +1,7 @@
 """A method is a set of frozen settings that says what an adapter adds to a model."""
 
 from abc import ABC
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.delta import Delta
+from lightning_peft.errors import ConfigError
 from lightning_peft.structure.anatomy import head_parameters
 from lightning_peft.structure.targets import Patterns, trained_in_place
 
@@ -100,6 +102,11 @@ def inject(
         AdapterError: the model already carries an adapter of that name.
     """
     methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+    if twice := [kind for kind, n in Counter(m.kind for m in methods).items() if n > 1]:
+        raise ConfigError(
+            f"`methods` must hold each kind once, but holds `{twice[0]}` more than once: give it "
+            "patterns for both, or inject two adapters."
+        )
     deltas = [(h, f"{name}_{m.kind}", d) for m in methods for h, d in m.deltas(model).items()]
     in_place = [n for m in methods for n in m.in_place(model)]
     in_place += trained_in_place(model, train) if train else []

@@ -18,6 +18,10 @@ from lightning_peft import (
     inject,
     load_adapter,
 )
+from lightning_peft.adapter import adapters_of
+from lightning_peft.delta import NotMergeable, slot_of
+from lightning_peft.errors import AdapterError, ConfigError
+from lightning_peft.methods import IA3, DoRA
 from lightning_peft.tasks.sequence_classification import SequenceClassification
 from tests.lightning_modules import At, changed, snapshot, trainer
 
@@ -93,3 +97,58 @@ def test_a_mix_resumes_exactly(build: Build, tmp_path: Path) -> None:
 
     whole = snapshot(run())
     assert changed(whole, run(tmp_path / "0.ckpt")) == set()
+
+
+@pytest.mark.parametrize("mix", [(LoRA(), DoRA()), (IA3(), LoRA())], ids=["dora", "ia3"])
+def test_changes_that_build_on_each_other_are_not_folded_in(
+    mix: tuple[Any, ...], build: Build
+) -> None:
+    together, beside = build("llama"), build("llama")
+    both = inject(together.model, mix)
+    alone = [inject(beside.model, method, f"a{i}", head=False) for i, method in enumerate(mix)]
+    for example, adapters in ((together, [both]), (beside, alone)):
+        with torch.no_grad():
+            for parameter in [p for adapter in adapters for p in adapter.parameters()]:
+                parameter.add_(0.1)
+        for adapter in adapters:
+            before = example.logits()
+            with pytest.raises(NotMergeable, match="do not simply add up"):
+                adapter.merge()
+            assert torch.equal(example.logits(), before)
+
+
+def test_two_of_one_kind_are_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match="`lora` more than once"):
+        inject(build("bert").model, [LoRA(r=2), LoRA(r=4)])
+
+
+def test_a_refused_injection_leaves_an_outer_adapter_alone(build: Build) -> None:
+    example = build("bert")
+    adapter = inject(example.model, LoRA(), head=False)
+    with pytest.raises(AdapterError, match="already carries"):
+        inject(example.model.bert, LoRA(), head=False)
+    assert all(slot_of(host) for _, host, _ in adapter.deltas)
+    assert len(adapter.parameters()) == 2 * 12
+
+
+def test_an_injection_that_fails_late_leaves_nothing(build: Build) -> None:
+    example = build("bert")
+    packed = torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    example.model.bert.register_parameter("packed", packed)
+    with pytest.raises(AdapterError, match="int8 and cannot be trained"):
+        inject(example.model, LoRA(), train="packed")
+    assert not adapters_of(example.model)
+    assert inject(example.model, LoRA()).parameters()
+
+
+@pytest.mark.parametrize("leave", ["merge", "remove"])
+def test_a_frozen_norm_is_left_in_the_mode_of_its_model(leave: str, build: Build) -> None:
+    example = build("cnn")
+    example.model.train()
+    adapter = inject(example.model, LoRA())
+    example.model.eval()
+    output = example.logits()
+    getattr(adapter, leave)()
+    assert not any(module.training for module in example.model.modules())
+    torch.testing.assert_close(example.logits(), output, rtol=1e-4, atol=1e-5)
+    assert not [m for m in example.model.modules() if any("peft" in key for key in vars(m))]

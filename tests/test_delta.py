@@ -211,7 +211,7 @@ def test_a_held_norm_stays_in_eval_until_it_is_released() -> None:
     nn.Sequential(norm).train()
     assert not norm.training
     assert copy.deepcopy(norm).train().training is False
-    release(*held)
+    release(held)
     assert type(norm) is nn.BatchNorm1d
     assert norm.training
 

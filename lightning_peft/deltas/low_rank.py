@@ -166,6 +166,8 @@ class Kernel(Site):
 class Product(Delta):
     """A change `s · B A` of one weight; a subclass holds what A and B are made of."""
 
+    additive = True
+
     def __init__(self, site: Site, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.site, self.scale = site, scale
@@ -280,6 +282,7 @@ class Parts(Delta):
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
+        self.additive = all(part.additive for part in parts.values())
 
     def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
         """Return a weight with its change."""

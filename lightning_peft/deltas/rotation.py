@@ -26,7 +26,7 @@ _ROTATABLE = "layers with an input wider than 1 that are neither embeddings nor 
 class Rotation(WeightDelta, ABC):
     """A rotation of one host's input."""
 
-    reads_weight = True
+    additive = False
 
     @abstractmethod
     def turn(self, x: Tensor) -> Tensor:

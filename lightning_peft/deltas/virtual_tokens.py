@@ -156,6 +156,8 @@ class Enter(Delta):
         past, capacity = _past(given)
         if past:
             _check_continued(given, key, past, self._not_yet_counted(host))
+            if capacity > 0 and not torch.compiler.is_compiling():
+                self._check_room(int(past) - place.size + given[key].shape[1], capacity)
             changes = {k: v + place.size for k, v in _positions(given)}
         else:
             self._check_room(given[key].shape[1], capacity)

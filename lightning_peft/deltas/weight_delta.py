@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.delta import Delta, NotMergeable, slot_of
+from lightning_peft.delta import Delta, NotMergeable
 from lightning_peft.deltas.low_rank import Kernel, Site, Table, deltas_for, fresh
 from lightning_peft.structure.anatomy import is_linear
 
@@ -29,8 +29,7 @@ _SHARED: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictio
 class WeightDelta(Delta, ABC):
     """A change of the matrix of one weight."""
 
-    reads_weight: ClassVar[bool] = False
-    """Whether the change depends on the weight."""
+    additive = True
 
     def __init__(self, site: Site, like: Tensor, dropout: float = 0.0) -> None:
         super().__init__()
@@ -77,17 +76,11 @@ class WeightDelta(Delta, ABC):
         """Add ΔW to the parameter `name`, which gets new storage.
 
         Raises:
-            NotMergeable: the weight is quantised, or is changed by another delta too that the
-                change does not know of.
+            NotMergeable: the weight is quantised.
         """
         weight = own(module, name)
         if not weight.is_floating_point():
             raise NotMergeable(f"The weight of {type(module).__name__} is quantised.")
-        if self.reads_weight and len(slot_of(module)) > 1:
-            raise NotMergeable(
-                f"`{type(self).__name__}` depends on the weight of {type(module).__name__}, which "
-                "another delta changes too: remove one of them first."
-            )
         weight.data = self.changed(weight.data)
 
     def matrix(self, weight: Tensor) -> Tensor:

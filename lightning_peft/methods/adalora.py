@@ -205,7 +205,9 @@ class Triplets(Product):
         """Return each triplet's importance, of the shape of `lora_E`."""
 
         def importance(parameter: Tensor) -> Tensor:
-            state: Any = optimizer.state[parameter]
+            state: Any = optimizer.state.get(parameter, {})
+            if "sensitivity" not in state:  # it has had no gradient
+                return torch.zeros_like(parameter)
             return state["sensitivity"] * state["uncertainty"]
 
         q, p = (self.site.flat(importance(f)) for f in (self.lora_A, self.lora_B))
@@ -232,7 +234,9 @@ def _departure(triplet: Triplets) -> Tensor:
 
 def _keep_allocated(triplet: Triplets, optimizer: Optimizer, first: bool) -> None:
     """Keep values that were set to zero there, from the step that fixes the ranks on."""
-    state: Any = optimizer.state[triplet.lora_E]
+    state: Any = optimizer.state.get(triplet.lora_E)
+    if not state:  # it has had no gradient, and its values are still zero
+        return
     if first:
         state["kept"] = (triplet.lora_E != 0).to(triplet.lora_E.dtype)
         for parameter in (triplet.lora_A, triplet.lora_E, triplet.lora_B):

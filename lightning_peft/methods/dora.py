@@ -75,6 +75,8 @@ class Decomposed(Product):
     `(experts, out)`.
     """
 
+    additive = False
+
     def __init__(
         self, site: Site, like: Tensor, r: int, scale: float, dropout: float = 0.0
     ) -> None:

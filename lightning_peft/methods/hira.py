@@ -62,7 +62,7 @@ class Rescaled(WeightDelta):
     Shapes: `hira_A` `(r, in)`, `hira_B` `(out, r)`.
     """
 
-    reads_weight = True
+    additive = False
 
     def __init__(self, site: Site, like: Tensor, r: int, dropout: float) -> None:
         super().__init__(site, like, dropout)

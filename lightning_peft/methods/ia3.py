@@ -21,7 +21,7 @@ from lightning_peft.method import Method
 from lightning_peft.structure import anatomy, sublayers
 from lightning_peft.structure.anatomy import Named, is_conv1d, is_linear
 from lightning_peft.structure.sublayers import CONVOLUTIONS
-from lightning_peft.structure.targets import Patterns, Targets
+from lightning_peft.structure.targets import Patterns, Targets, layer_roots
 
 _ADAPTABLE = "Linear, Conv1D and Conv2d"
 
@@ -67,8 +67,8 @@ class IA3(Method):
             return list(chosen.find(model, _scales, _ADAPTABLE).items()) if chosen else []
         if self.layers is None:
             return found
-        roots = [anatomy.layers(model)[i][0] for i in self.layers]
-        return [(n, m) for n, m in found if anatomy.under(n, tuple(roots))]
+        roots = layer_roots(model, self.layers)
+        return [(n, m) for n, m in found if n.startswith(roots)]
 
 
 class Vector(Delta, ABC):

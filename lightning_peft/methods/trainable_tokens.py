@@ -89,7 +89,7 @@ class Rows(DerivedDelta):
 
     constants = ("ids",)
     ids: Tensor
-    reads_weight = True
+    additive = False
     merges_shared = True
 
     def __init__(self, table: nn.Embedding, chosen: tuple[int, ...]) -> None:

@@ -69,7 +69,7 @@ class Targets:
 
     def _narrowed(self, model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
         out = {name for p in as_patterns(self.exclude) for name in _must_match(p, chosen)}
-        roots = ("",) if self.layers is None else _layer_roots(model, self.layers)
+        roots = ("",) if self.layers is None else layer_roots(model, self.layers)
         return {n: m for n, m in chosen.items() if n not in out and n.startswith(roots)}
 
 
@@ -173,7 +173,12 @@ def _misfit(pattern: str, hits: list[str], modules: dict[str, nn.Module], what: 
     )
 
 
-def _layer_roots(model: nn.Module, indices: Sequence[int]) -> tuple[str, ...]:
+def layer_roots(model: nn.Module, indices: Sequence[int]) -> tuple[str, ...]:
+    """Return what the names in the chosen layers start with.
+
+    Raises:
+        TargetError: there is no such layer.
+    """
     stack = [f"{name}." for name, _ in anatomy.layers(model)]
     if not stack:
         raise TargetError(

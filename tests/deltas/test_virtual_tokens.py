@@ -314,3 +314,13 @@ def test_a_text_tower_reads_its_last_word(build: Build) -> None:
         out = model(input_ids=ids)
         assert out.last_hidden_state.shape == (2, 8, 32)
         assert torch.equal(out.pooler_output, out.last_hidden_state[:, -1])
+
+
+def test_a_static_cache_that_fills_up_in_generation_is_refused_by_name(build: Build) -> None:
+    example = build("llama")
+    inject(example.model, PromptTuning(tokens=3))
+    ids = torch.full((1, 5), 7)
+    with pytest.raises(AdapterError, match=r"static cache holds 10 tokens"):
+        example.model.generate(
+            ids, max_new_tokens=6, min_new_tokens=6, cache_implementation="static"
+        )
