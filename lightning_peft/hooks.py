@@ -93,6 +93,7 @@ class PEFTHooks:
                 random_state.restore(self._peft_record["random"])
             self._peft_before = {}
         self._peft_fitted = self.peft_adapter
+        steps.require_automatic(self.peft_adapter, cast(Any, self).automatic_optimization)
         averaging.check(cast(Any, self))
 
     def on_before_backward(self, loss: Tensor) -> None:

@@ -24,6 +24,22 @@ def steers(adapter: Adapter) -> bool:
     return any(method.steers for method in adapter.methods)
 
 
+def require_automatic(adapter: Adapter, automatic: bool) -> None:
+    """Refuse a method that follows the steps where the module optimizes by hand.
+
+    How many steps its loop takes, and with which optimizer, nobody can tell beforehand.
+
+    Raises:
+        ConfigError: `automatic` is False and a method acts around optimizer steps.
+    """
+    for method in () if automatic else adapter.methods:
+        if method.steers:
+            raise ConfigError(
+                f"`{method.kind}` follows the number of optimizer steps, which a module with "
+                "`automatic_optimization=False` does not tell: train with automatic optimization."
+            )
+
+
 def before_step(adapter: Adapter, step: int, steps: float) -> None:
     """Let the methods change the gradients, which are complete.
 

@@ -164,3 +164,10 @@ def test_a_schedule_without_an_end_is_refused(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AdaLoRA(**settings)
+
+
+def test_a_module_that_optimizes_by_hand_is_refused(tmp_path: Path) -> None:
+    module = Module()
+    module.automatic_optimization = False
+    with pytest.raises(ConfigError, match="`adalora` follows the number of optimizer steps"):
+        trainer(tmp_path, PEFT(AdaLoRA(r=2, init_r=4))).fit(module, loader(), loader())
