@@ -102,10 +102,12 @@ def inject(
         AdapterError: the model already carries an adapter of that name.
     """
     methods = (methods,) if isinstance(methods, Method) else tuple(methods)
-    if twice := [kind for kind, n in Counter(m.kind for m in methods).items() if n > 1]:
+    # What acts during training finds its deltas by the method's kind.
+    acting = [m.kind for m in methods if m.steers or type(m).lr_scale is not Method.lr_scale]
+    if twice := [kind for kind, n in Counter(acting).items() if n > 1]:
         raise ConfigError(
-            f"`methods` must hold each kind once, but holds `{twice[0]}` more than once: give it "
-            "patterns for both, or inject two adapters."
+            f"`methods` must hold `{twice[0]}` once, but holds it more than once: inject two "
+            "adapters instead."
         )
     deltas = [(h, f"{name}_{m.kind}", d) for m in methods for h, d in m.deltas(model).items()]
     in_place = [n for m in methods for n in m.in_place(model)]

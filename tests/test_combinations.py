@@ -21,7 +21,7 @@ from lightning_peft import (
 from lightning_peft.adapter import adapters_of
 from lightning_peft.delta import NotMergeable, slot_of
 from lightning_peft.errors import AdapterError, ConfigError
-from lightning_peft.methods import IA3, DoRA
+from lightning_peft.methods import IA3, DoRA, LoRAPlus
 from lightning_peft.tasks.sequence_classification import SequenceClassification
 from tests.lightning_modules import At, changed, snapshot, trainer
 
@@ -117,9 +117,10 @@ def test_changes_that_build_on_each_other_are_not_folded_in(
             assert torch.equal(example.logits(), before)
 
 
-def test_two_of_one_kind_are_refused(build: Build) -> None:
-    with pytest.raises(ConfigError, match="`lora` more than once"):
-        inject(build("bert").model, [LoRA(r=2), LoRA(r=4)])
+def test_two_of_one_kind_that_acts_in_training_are_refused(build: Build) -> None:
+    methods = [LoRAPlus(ratio=4, targets="query"), LoRAPlus(targets="value")]
+    with pytest.raises(ConfigError, match="must hold `lora_plus` once"):
+        inject(build("bert").model, methods)
 
 
 def test_a_refused_injection_leaves_an_outer_adapter_alone(build: Build) -> None:
