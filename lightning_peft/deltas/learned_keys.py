@@ -1,5 +1,6 @@
 """Learned keys and values in attention, and where a model takes them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_peft.structure.probe import Attention, probe
 from lightning_peft.structure.targets import Patterns, Targets, as_targets
 
 
-class FurtherKeys(Delta):
+class FurtherKeys(Delta, ABC):
     """Keys and values that every query of an attention module sees, however they are made."""
 
     def __init__(self, seen: Attention, dropout: float) -> None:
@@ -21,13 +22,13 @@ class FurtherKeys(Delta):
         self.spread = (seen.key_spread, seen.value_spread)
         self.dropout = nn.Dropout(dropout) if dropout else None
 
+    @abstractmethod
     def learned(self) -> tuple[Tensor, Tensor]:
         """Return keys `(key_heads, n, d_head)` and values `(key_heads, n, d_value)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start_at(self, key: Tensor, value: Tensor) -> None:
         """Make `learned` return these to begin with."""
-        raise NotImplementedError
 
     def attend(
         self,
@@ -41,9 +42,8 @@ class FurtherKeys(Delta):
     ) -> Any:
         """Return the attention over the learned keys and values and the host's own."""
         k, v = self.learned()
-        if (
-            k.shape[-1] != key.shape[-1]
-        ):  # a second attention of the host, narrower than its main one
+        # A second attention of the host, narrower than its main one, is left as it is.
+        if k.shape[-1] != key.shape[-1]:
             return base(host, query, key, value, mask, **kwargs)
         if self.dropout:
             k, v = self.dropout(k), self.dropout(v)

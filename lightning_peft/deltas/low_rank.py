@@ -8,6 +8,7 @@ what its factors are made of. So a method of LoRA's family states its own arithm
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -163,7 +164,7 @@ class Kernel(Site):
         return vector.view(-1, *(1 for _ in self.weight[2:]))
 
 
-class Product(Delta):
+class Product(Delta, ABC):
     """A change `s · B A` of one weight; a subclass holds what A and B are made of."""
 
     additive = True
@@ -174,9 +175,9 @@ class Product(Delta):
         drops = dropout and not isinstance(site, Table)  # ids cannot be dropped
         self.dropout = nn.Dropout(dropout) if drops else None
 
+    @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B, of the site's shapes up to the rank."""
-        raise NotImplementedError
 
     def forward(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -12,6 +12,7 @@ checkpointing and compilation need nothing special.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +45,7 @@ _PLACE, _IDS = "_virtual_place", "_virtual_ids"
 """Under these names a call's own tensors carry where tokens entered, and the ids with them."""
 
 
-class Virtual(Delta):
+class Virtual(Delta, ABC):
     """On the word embedding: gives the placeholders among the ids their trained vectors.
 
     Where there are no ids it puts the vectors behind the others: on the embeddings of an image
@@ -67,9 +68,9 @@ class Virtual(Delta):
         """The ids that stand for the virtual tokens, in order."""
         return [self.first - i for i in range(self.tokens)]
 
+    @abstractmethod
     def vectors(self) -> Tensor:
         """Return what the word embedding would give for the virtual tokens, `(tokens, d_model)`."""
-        raise NotImplementedError
 
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
