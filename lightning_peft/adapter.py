@@ -26,6 +26,7 @@ from lightning_peft.delta import (
 from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.optimizers import parameter_groups
+from lightning_peft.scaling import fold, scale_of, set_scale
 from lightning_peft.structure.anatomy import is_transformers
 
 if TYPE_CHECKING:
@@ -105,6 +106,18 @@ class Adapter:
         """By name, the epoch from which a parameter is trained, where it is not 0."""
         found = [item for m in self.methods for item in m.start_epochs(self.model).items()]
         return {plain_name(name): epoch for name, epoch in found}
+
+    @property
+    def scale(self) -> float:
+        """How much of the change is applied: 0 none, 1 all; of the running model, never saved.
+
+        What is trained in place beside the methods (a head) stays as trained.
+        """
+        return scale_of(self)
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        set_scale(self, scale)
 
     @property
     def num_parameters(self) -> int:
@@ -218,10 +231,22 @@ class Adapter:
         """Fold the deltas into the model's weights and return the model, now a plain one.
 
         What was trained in place stays as trained. The weights get new storage; where a delta
-        cannot be merged nothing is changed.
+        cannot be merged nothing is changed. `merging.merge` also compares the outputs.
 
         Raises:
             NotMergeable: a delta cannot be folded in, or the weight is shared with another module.
+        """
+        self.fold()
+        return self.forget()
+
+    def fold(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Fold the deltas into the model's weights, with the deltas still there.
+
+        Returns:
+            The parameters of their hosts, and what was in them before.
+
+        Raises:
+            NotMergeable: a delta cannot be folded in; nothing is changed.
         """
         self._require_enabled("merge()")
         before = [(p, p.data) for _, host, _ in self.deltas for p in host.parameters(recurse=False)]
@@ -229,12 +254,12 @@ class Adapter:
             self._refuse_shared()
             self._refuse_mixed()
             for _, host, delta in self.deltas:
-                delta.merge(host)
+                fold(delta, host)
         except Exception:
             for parameter, data in before:
                 parameter.data = data
             raise
-        return self.forget()
+        return before
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter to `folder` as safetensors with a readable configuration."""

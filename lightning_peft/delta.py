@@ -42,6 +42,16 @@ class Delta(nn.Module):
     """
 
     active = True
+    """Whether it acts; to be changed through its slot."""
+
+    strength: float = 1.0
+    """How much of the change is applied: 0 leaves the base as it is, 1 is as trained."""
+
+    scalable: ClassVar[bool] = True
+    """Whether there is something between the base and the change."""
+
+    merges_scaled: ClassVar[bool] = True
+    """Whether a part of the change of the weight gives that part of the change of the output."""
 
     additive: bool = False
     """Whether it only adds something to the host's weight, whatever else changes that."""
@@ -62,7 +72,7 @@ class Delta(nn.Module):
         return output
 
     def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
-        """Return the host's parameter `name` as its forward pass shall read it.
+        """Return the host's parameter (or buffer) `name` as its forward pass shall read it.
 
         The way to a weight that is used without calling a module that owns it alone: fused experts,
         `nn.MultiheadAttention`. The parameter itself stays what it is.
@@ -118,8 +128,39 @@ class Delta(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
-def attach(module: nn.Module, name: str, delta: Delta) -> None:
+class Slot(nn.ModuleDict):
+    """The deltas of a host by name; those in `running` act, in this order.
+
+    Hooks read `running` alone. A compiled graph takes the parameters of what stands there as inputs,
+    so that an exchange of one delta for another of its kind compiles nothing anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[Delta] = []
+
+    def refresh(self) -> None:
+        """Take into `running` what is active, as much of it as is applied."""
+        deltas = [cast(Delta, delta) for delta in self._modules.values()]
+        self.running = [d if d.strength == 1 else _part(d) for d in deltas if d.active]
+
+    def let_act(self, name: str, active: bool) -> None:
+        """Let a delta act, or not."""
+        cast(Delta, self._modules[name]).active = active
+        self.refresh()
+
+
+def _part(delta: Delta) -> Delta:
+    from lightning_peft.scaling import Part  # which is a delta itself
+
+    return Part(delta)
+
+
+def attach(module: nn.Module, name: str, delta: Delta) -> Slot:
     """Let `delta` change what `module` computes, after the deltas that it already carries.
+
+    Returns:
+        The deltas of the module.
 
     Raises:
         AdapterError: the module already carries a delta of that name, or is a plain container.
@@ -138,6 +179,8 @@ def attach(module: nn.Module, name: str, delta: Delta) -> None:
 
         module.__class__ = subclass(cast(type, type(module)), cast(type, route(module)))
     slot[name] = delta.train(module.training)
+    slot.refresh()
+    return slot
 
 
 def plain_name(name: str) -> str:
@@ -149,13 +192,14 @@ def detach(module: nn.Module, name: str) -> None:
     """Take the delta `name` from `module`; with the last one the module is what it was before."""
     slot = slot_of(module)
     del slot[name]
+    slot.refresh()
     if not slot:
         _close(module)
 
 
-def slot_of(module: nn.Module) -> nn.ModuleDict:
+def slot_of(module: nn.Module) -> Slot:
     """Return the deltas of a host module by name."""
-    return cast(nn.ModuleDict, module._modules[SLOT])
+    return cast(Slot, module._modules[SLOT])
 
 
 class Attending:
@@ -164,8 +208,8 @@ class Attending:
 
 def through_deltas(base: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
     """Return the attention `base` of `module` as its deltas change it, the first one outermost."""
-    for delta in reversed(module._modules[SLOT].values()):  # type: ignore[union-attr,operator]
-        if delta.active and type(delta).attend is not Delta.attend:
+    for delta in reversed(slot_of(module).running):
+        if type(delta).attend is not Delta.attend:
             base = functools.partial(_attend, delta, base)
     return base
 
@@ -184,16 +228,15 @@ def _attend(
 
 
 class _Reweighed:
-    """Mixin of a host whose parameters are read through its deltas."""
+    """Mixin of a host whose parameters and buffers are read through its deltas."""
 
     def __getattr__(self: Any, name: str) -> Any:
-        # Parameters are no attributes of a module: each look-up comes here.
+        # They are no attributes of a module: each look-up comes here.
         value = super().__getattr__(name)  # type: ignore[misc]
-        if name not in self.__dict__["_parameters"] or value is None:
+        if value is None or name in self.__dict__["_modules"]:
             return value
-        for delta in self.__dict__["_modules"][SLOT].values():
-            if delta.active:
-                value = delta.reweigh(self, name, value)
+        for delta in self.__dict__["_modules"][SLOT].running:
+            value = delta.reweigh(self, name, value)
         return value
 
 
@@ -297,13 +340,13 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     return _rebuild, (base, *reversed(layers)), self.__getstate__()
 
 
-def _open(module: nn.Module) -> nn.ModuleDict:
+def _open(module: nn.Module) -> Slot:
     if isinstance(module, CONTAINERS):
         raise AdapterError(
             f"A {type(module).__name__} runs its children one by one and cannot carry a delta: "
             "name one of its children instead."
         )
-    module.add_module(SLOT, slot := nn.ModuleDict())
+    module.add_module(SLOT, slot := Slot())
     slot.register_load_state_dict_post_hook(_forgive_missing)
     module.__class__ = subclass(cast(type, type(module)))
     module.register_forward_hook(_after, with_kwargs=True)
@@ -323,16 +366,14 @@ def _close(module: nn.Module) -> None:
 
 
 def _before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    for delta in module._modules[SLOT].values():  # type: ignore[union-attr,operator]
-        if delta.active:
-            args, kwargs = delta.before(module, args, kwargs)
+    for delta in module._modules[SLOT].running:  # type: ignore[union-attr]
+        args, kwargs = delta.before(module, args, kwargs)
     return args, kwargs
 
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    for delta in module._modules[SLOT].values():  # type: ignore[union-attr,operator]
-        if delta.active:
-            output = delta(module, args, kwargs, output)
+    for delta in module._modules[SLOT].running:  # type: ignore[union-attr]
+        output = delta(module, args, kwargs, output)
     return output
 
 

@@ -56,6 +56,8 @@ class Virtual(Delta, ABC):
         among: what the host gives or takes.
     """
 
+    scalable = False
+
     def __init__(self, tokens: int, among: Among = "words") -> None:
         super().__init__()
         self.tokens, self.among = tokens, among
@@ -129,6 +131,8 @@ class Enter(Delta):
         first: whether what was computed for the first of them stands for the first real token.
         room: how many positions the core's table has, if it has one.
     """
+
+    scalable = False
 
     def __init__(
         self,
@@ -224,6 +228,8 @@ class Enter(Delta):
 class Leave(Delta):
     """On the core of an image model: cuts off the tokens, which stand behind the patches."""
 
+    scalable = False
+
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self.tokens = tokens
@@ -239,6 +245,8 @@ class Leave(Delta):
 
 class Attended(Delta):
     """On a decoder: widens the mask over the encoder's states by the tokens among them."""
+
+    scalable = False
 
     def __init__(self, names: Sequence[str], tokens: int) -> None:
         super().__init__()
@@ -262,6 +270,8 @@ class Attended(Delta):
 
 class Placeless(Delta):
     """On a module that reads ids for another purpose: the placeholders count as id 0 there."""
+
+    scalable = False
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()

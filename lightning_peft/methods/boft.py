@@ -68,6 +68,8 @@ class Butterfly(Rotation):
     transform; `boft_s` `(out, 1)`.
     """
 
+    merges_scaled = False  # a part of two factors is not that part of their product
+
     def __init__(self, site: Site, like: Tensor, method: BOFT) -> None:
         super().__init__(site, like)
         size = nearest_divisor(self.width, method.block_size)

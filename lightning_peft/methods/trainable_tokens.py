@@ -151,7 +151,8 @@ class TiedRows(Delta):
         x = input_of(args, kwargs)
         added = F.linear(x, rows.difference(own(host, "weight")).to(x.dtype))
         # In place: a copy of the logits can be the largest tensor of all.
-        return output.index_add_(-1, rows.ids, added.to(output.dtype))
+        add = output.index_add_ if self.strength == 1 else output.index_add
+        return add(-1, rows.ids, added.to(output.dtype))
 
     def merge(self, module: nn.Module) -> None:
         """Leave the weight to the table's delta."""
