@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.prompt_tuning import PromptTuning
     from lightning_peft.module import PEFTModule
     from lightning_peft.structure.targets import Targets
+    from lightning_peft.switching import switch
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "inject": "method",
     "last_checkpoint": "files.last_checkpoint",
     "load_adapter": "files.adapter_folder",
+    "switch": "switching",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "inject",
     "last_checkpoint",
     "load_adapter",
+    "switch",
 ]
 
 

@@ -1,9 +1,8 @@
 """The handle on what was injected into a model."""
 
 import functools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,43 +12,48 @@ from torch import Tensor, nn
 from lightning_peft.delta import (
     SLOT,
     Delta,
-    HeldInEval,
-    NotMergeable,
-    Unforgivable,
+    Slot,
     attach,
     detach,
-    hold_in_eval,
     plain_name,
-    release,
     slot_of,
 )
-from lightning_peft.errors import AdapterError, near_misses
+from lightning_peft.errors import AdapterError
 from lightning_peft.fingerprint import fingerprint
+from lightning_peft.folding import fold_all
+from lightning_peft.in_place import InPlace
 from lightning_peft.optimizers import parameter_groups
-from lightning_peft.scaling import fold, scale_of, set_scale
-from lightning_peft.structure.anatomy import is_transformers
+from lightning_peft.registry import (
+    adapters_of,
+    modules_of,
+    refuse_clash,
+    registry_of,
+    tell_transformers,
+)
+from lightning_peft.scaling import scale_of, set_scale
+from lightning_peft.state import check_state
 
 if TYPE_CHECKING:
     from lightning_peft.method import Method
-
-_NORM = nn.modules.batchnorm._NormBase
-
-
-def adapters_of(model: nn.Module) -> dict[str, "Adapter"]:
-    """Return the adapters that `model` or a module inside it carries, by name."""
-    return {n: a for m in model.modules() for n, a in m.__dict__.get("_adapters", {}).items()}
 
 
 class Adapter:
     """What one call of `inject` added to a model: its parameters, its state, and the way back.
 
+    A model can carry several. Those that are active act, one after another; what was injected or
+    loaded last is the one that is active, until `switch` or `activate` says otherwise.
+
     Attributes:
         model: the module that was injected.
         name: the adapter's name.
         methods: the methods, in order.
+        in_place: the names of the model's own parameters that it trains.
+        active: whether it acts.
+        trainable: whether its parameters require gradients.
     """
 
-    _disabled = False
+    active = trainable = True
+    _tuned: dict[str, Tensor] | None = None  # what it has in place, while it is disabled
 
     def __init__(
         self,
@@ -60,23 +64,28 @@ class Adapter:
         in_place: Sequence[str],
     ) -> None:
         self.model, self.name, self.methods = model, name, tuple(methods)
-        self._check(in_place)
-        self._required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
-        model.requires_grad_(False)
-        self._hosts: list[tuple[str, str]] = []
         self.in_place = sorted({plain_name(name) for name in in_place})
+        self._check_name()
+        self._hosts: list[tuple[str, str]] = []
+        self._slots: list[tuple[Slot, str]] = []
+        self._own = InPlace(model, name)
+        self._found = {a: a.trainable for a in adapters_of(model).values() if a.active}
+        registry = registry_of(model)
         try:
+            for other in self._found:
+                other.deactivate()
+            model.requires_grad_(False)
             for host, key, delta in deltas:
-                attach(model.get_submodule(host), key, delta)
+                self._slots.append((attach(model.get_submodule(host), key, delta), key))
                 self._hosts.append((plain_name(host), key))
-            self._originals = self._set_aside() if in_place else {}
+            self._own.take(self.in_place, all(method.keeps_original for method in methods))
         except BaseException:
-            self._unwind()
+            self._take_out()
             raise
-        self._held = _hold_frozen_norms(model, self.in_place)
-        _registry(model)[name] = self
-        _tell_transformers(model)
-        self._guard = model.register_load_state_dict_pre_hook(_refuse_partial)
+        registry[name] = self
+        self.requires_grad_()
+        registry.hold_norms()
+        tell_transformers(model)
 
     def __repr__(self) -> str:
         methods = ", ".join(repr(method) for method in self.methods)
@@ -86,20 +95,24 @@ class Adapter:
     def deltas(self) -> list[tuple[str, nn.Module, Delta]]:
         """The host's name, the host and the delta, for each delta in the order of attachment."""
         self._require_present()
-        modules = _modules(self.model)
+        modules = modules_of(self.model)
         hosts = [(name, key, modules[name]) for name, key in self._hosts]
         return [(name, host, cast(Delta, slot_of(host)[key])) for name, key, host in hosts]
 
     def deltas_of(self, method: "Method") -> dict[str, Delta]:
         """Return the deltas of one of the adapter's methods by the name of their host."""
-        key, modules = f"{self.name}_{method.kind}", _modules(self.model)
+        key, modules = f"{self.name}_{method.kind}", modules_of(self.model)
         hosts = [host for host, own in self._hosts if own == key]
         return {host: cast(Delta, slot_of(modules[host])[key]) for host in hosts}
 
     @functools.cached_property
     def base_fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the frozen base, which never changes and is thus taken once."""
-        return fingerprint(self.model, set(self.tensors()))
+        with ExitStack() as stack:
+            for other in adapters_of(self.model).values():
+                if other is not self:
+                    stack.enter_context(other.disabled())
+            return fingerprint(self.model, set(self.tensors()))
 
     @functools.cached_property
     def start_epochs(self) -> dict[str, int]:
@@ -130,11 +143,14 @@ class Adapter:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, sorted by name; names are those of `model.named_parameters()`."""
-        named = {plain_name(n): p for n, p in self.model.named_parameters()}
-        roots = tuple(self._roots())
-        names = [n for n in named if f"{SLOT}." in n and n.startswith(roots)]
-        return {n: named[n] for n in sorted([*names, *self.in_place])}
+        """Return what is trained, sorted by name.
+
+        Names are those of `model.named_parameters()`; what is trained in place keeps the model's
+        name also while another adapter stands in its place.
+        """
+        own = self._own.tensors()
+        found = self._added(self.model.named_parameters()) | {n: own[n] for n in self.in_place}
+        return {name: cast(nn.Parameter, found[name]) for name in sorted(found)}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained, sorted by name."""
@@ -181,6 +197,54 @@ class Adapter:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
+    def requires_grad_(self, requires_grad: bool = True) -> "Adapter":
+        """Let its parameters be trained, or freeze them; whether it is active does not matter."""
+        self.trainable = requires_grad
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def activate(self) -> "Adapter":
+        """Let it act, besides the others that are active.
+
+        Raises:
+            AdapterError: an active one trains the same parameter in place.
+        """
+        self._require_present()
+        self._enable()
+        if not self.active:
+            registry = registry_of(self.model)
+            refuse_clash([self, *(other for other in registry.values() if other.active)])
+            self._let_act(True)
+            registry.hold_norms()
+        return self
+
+    def deactivate(self) -> "Adapter":
+        """Let the model compute as if it were not there; it keeps what it has learnt.
+
+        What it trains in place moves out of the model's own tensors, which are the base's again.
+        An optimizer that was made before holds the model's tensors: make it anew.
+
+        Raises:
+            AdapterError: the originals of what is trained in place were not kept.
+        """
+        self._require_enabled("deactivate()")
+        if self.active:
+            if self.in_place and not self._own.parked:
+                self._park()
+            self._let_act(False)
+            registry_of(self.model).hold_norms()
+        return self
+
+    def settle(self) -> "Adapter":
+        """Let it act and be trained, with what it has in place in the model's own tensors."""
+        self.activate()
+        if self._own.parked:
+            self._slots = self._slots[: len(self._hosts)]
+            self._own.unpark()
+            tell_transformers(self.model)
+        return self.requires_grad_()
+
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """Within this context the model computes what it did before the injection, bitwise.
@@ -188,19 +252,17 @@ class Adapter:
         Raises:
             AdapterError: the originals of what is trained in place were not kept.
         """
-        self._require_originals("disabled()")
-        active = [delta for _, _, delta in self.deltas if delta.active]
-        tuned = self._swap(self._originals)
-        for delta in active:
-            delta.active = False
-        outer, self._disabled = self._disabled, True
+        self._require_present()
+        if not self.active or self._tuned is not None:
+            yield self.model
+            return
+        self._own.require_originals("disabled()")
+        self._tuned = self._own.exchange(self._own.originals or {})
+        self._let_act(False)
         try:
             yield self.model
         finally:
-            self._disabled = outer
-            self._swap(tuned)
-            for delta in active:
-                delta.active = True
+            self._enable()
 
     def remove(self) -> nn.Module:
         """Take the adapter out and return the model as it was before the injection, bitwise.
@@ -209,23 +271,14 @@ class Adapter:
             AdapterError: the originals of what is trained in place were not kept.
         """
         self._require_enabled("remove()")
-        self._require_originals("remove()")
-        self._swap(self._originals)
-        return self.forget()
+        self._own.require_originals("remove()")
+        self._own.exchange(self._own.originals or {})
+        return self._take_out()
 
     def forget(self) -> nn.Module:
         """Take the deltas out and return the model; what was trained in place stays as it is."""
         self._require_enabled("forget()")
-        modules = _modules(self.model)
-        for host, key in reversed(self._hosts):
-            detach(modules[host], key)
-        self._restore_flags()
-        self._guard.remove()
-        del _registry(self.model)[self.name]
-        _tell_transformers(self.model)
-        if not _registry(self.model):
-            del self.model.__dict__["_adapters"]
-        return self.model
+        return self._take_out()
 
     def merge(self) -> nn.Module:
         """Fold the deltas into the model's weights and return the model, now a plain one.
@@ -239,33 +292,34 @@ class Adapter:
         self.fold()
         return self.forget()
 
-    def fold(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def fold(self) -> list[tuple[Tensor, Tensor]]:
         """Fold the deltas into the model's weights, with the deltas still there.
 
         Returns:
-            The parameters of their hosts, and what was in them before.
+            The tensors of their hosts, and what was in them before.
 
         Raises:
             NotMergeable: a delta cannot be folded in; nothing is changed.
         """
         self._require_enabled("merge()")
-        before = [(p, p.data) for _, host, _ in self.deltas for p in host.parameters(recurse=False)]
-        try:
-            self._refuse_shared()
-            self._refuse_mixed()
-            for _, host, delta in self.deltas:
-                fold(delta, host)
-        except Exception:
-            for parameter, data in before:
-                parameter.data = data
-            raise
-        return before
+        parked = [(name, modules_of(self.model)[name], d) for name, d in self._own.deltas().items()]
+        return fold_all(self.model, self.deltas, parked)
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter to `folder` as safetensors with a readable configuration."""
         from lightning_peft.files.adapter_folder import save_adapter
 
         return save_adapter(self, folder)
+
+    def export(self, folder: str | Path, format: str = "peft", part: str | None = None) -> Path:
+        """Write the adapter, or its method `part` alone, to `folder` for another library.
+
+        Raises:
+            AdapterError: the format cannot hold it; the message says why.
+        """
+        from lightning_peft.files.formats import export_adapter
+
+        return export_adapter(self, folder, format, part)
 
     def hold_back(self, epoch: int) -> None:
         """Drop the gradients of what a method does not train yet in `epoch` (counted from 0)."""
@@ -274,7 +328,20 @@ class Adapter:
             if epoch < start:
                 named[name].grad = None
 
-    def _check(self, in_place: Sequence[str]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of `state_dict()` themselves, not detached."""
+        buffers = {
+            f"{root}{name}": buffer
+            for root, (_, _, delta) in zip(self._roots(), self.deltas, strict=True)
+            for name, buffer in delta.named_buffers()
+        }
+        return {**self.named_parameters(), **buffers, **self._own.tensors()}
+
+    def added_keys(self) -> set[str]:
+        """Return the keys that the adapter adds to the model's state dict."""
+        return {key for key in self.tensors() if SLOT in key.split(".")} | self._own.keys()
+
+    def _check_name(self) -> None:
         present = adapters_of(self.model)
         if self.name in present:
             raise AdapterError(
@@ -285,28 +352,52 @@ class Adapter:
             raise AdapterError(
                 f"`name` must be letters, digits, `_` and `-`, but is {self.name!r} instead."
             )
-        if taken := {n for a in present.values() for n in a.in_place} & set(in_place):
-            raise AdapterError(f"`{min(taken)}` is already trained in place by another adapter.")
 
-    def _restore_flags(self) -> None:
-        # What an adapter that came later found in this one's way, it must not restore.
-        names = list(_registry(self.model))
-        for later in names[names.index(self.name) + 1 :][:1]:
-            heir = _registry(self.model)[later]
-            heir._required |= self._required
-            heir._held = [*self._held, *heir._held]
-            return
-        for module in reversed(self._held):
-            release(module)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required.get(plain_name(name), False))
+    def _let_act(self, active: bool) -> None:
+        self.active = active
+        for slot, key in self._slots:
+            slot.let_act(key, active)
 
-    def _unwind(self) -> None:
-        modules = _modules(self.model)
+    def _enable(self) -> None:
+        if self._tuned is not None:
+            self._own.exchange(self._tuned)
+            self._tuned = None
+            self._let_act(True)
+
+    def _park(self) -> None:
+        self._freeze_in_place()
+        self._slots += [(slot, self._own.key) for slot in self._own.park()]
+        self.requires_grad_(self.trainable)
+        tell_transformers(self.model)
+
+    def _take_out(self) -> nn.Module:
+        registry, was_active = registry_of(self.model), self.active
+        registry.pop(self.name, None)
+        self._detach()
+        if not registry:
+            registry.close(self.model)
+            del self.model.__dict__["_adapters"]
+        else:
+            registry.hold_norms()
+        for other, trainable in self._found.items() if was_active else ():
+            if adapters_of(other.model).get(other.name) is other:
+                other.activate().requires_grad_(trainable)
+        tell_transformers(self.model)
+        return self.model
+
+    def _detach(self) -> None:
+        modules = modules_of(self.model)
         for host, key in reversed(self._hosts):
             detach(modules[host], key)
+        if self._own.parked:
+            self._own.discard()
+        else:
+            self._freeze_in_place()
+
+    def _freeze_in_place(self) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required[plain_name(name)])
+            if plain_name(name) in self.in_place:
+                parameter.requires_grad_(False)
 
     def _require_present(self) -> None:
         if self.model.__dict__.get("_adapters", {}).get(self.name) is not self:
@@ -316,162 +407,16 @@ class Adapter:
 
     def _require_enabled(self, what: str) -> None:
         self._require_present()
-        if self._disabled:
+        if self._tuned is not None:
             raise AdapterError(
                 f"`{what}` within `disabled()` would take the base for what was trained: call it "
-                "after that context."
+                "after that context, or in a copy `activate()` first."
             )
 
     def _roots(self) -> list[str]:
         return [f"{host}.{SLOT}.{key}.".lstrip(".") for host, key in self._hosts]
 
-    def _set_aside(self) -> dict[str, Tensor] | None:
-        # The base's own storage is put aside and a copy is trained: pointers suffice to go back.
-        originals = {name: t.detach() for name, t in self._in_place_tensors().items()}
-        in_place = set(self.in_place)
-        for name, parameter in self.model.named_parameters():
-            if plain_name(name) in in_place:
-                if not parameter.is_floating_point():
-                    raise AdapterError(f"`{name}` is {parameter.dtype} and cannot be trained.")
-                parameter.requires_grad_(True)
-        if not all(method.keeps_original for method in self.methods):
-            return None
-        self._swap({name: tensor.clone() for name, tensor in originals.items()})
-        return originals
-
-    def _in_place_tensors(self) -> dict[str, Tensor]:
-        owners = {name.rpartition(".")[0] for name in self.in_place}
-        modules = _modules(self.model)
-        named = {plain_name(n): p for n, p in self.model.named_parameters()}
-        tensors: dict[str, Tensor] = {name: named[name] for name in self.in_place}
-        for owner in sorted(owners):
-            module = modules[owner]
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    tensors[f"{owner}.{name}".lstrip(".")] = buffer
-        return tensors
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of `state_dict()` themselves, not detached."""
-        tensors: dict[str, Tensor] = dict(self.named_parameters())
-        for root, (_, _, delta) in zip(self._roots(), self.deltas, strict=True):
-            tensors |= {f"{root}{name}": buffer for name, buffer in delta.named_buffers()}
-        return tensors | (self._in_place_tensors() if self.in_place else {})
-
-    def _swap(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        present = self._in_place_tensors() if tensors else {}
-        pairs = {name: (present[name], tensor) for name, tensor in (tensors or {}).items()}
-        for name, (target, tensor) in pairs.items():
-            _refuse_exchange(name, target, tensor)
-        replaced = {name: target.detach() for name, (target, _) in pairs.items()}
-        for target, tensor in pairs.values():
-            target.data = tensor.to(target.device, target.dtype)
-        return replaced
-
-    def _require_originals(self, what: str) -> None:
-        if self._originals is None:
-            raise AdapterError(
-                f"`{what}` needs the weights from before the training, which were not kept: "
-                "set `keep_original=True` in the method."
-            )
-
-    def _refuse_shared(self) -> None:
-        modules = self.model.modules()
-        owners = Counter(id(p) for module in modules for p in module._parameters.values())
-        for name, host, delta in self.deltas:
-            shared = any(owners[id(p)] > 1 for p in host.parameters(recurse=False))
-            if shared and not delta.merges_shared:
-                raise NotMergeable(f"`{name}` shares its weight with another module.")
-
-    def _refuse_mixed(self) -> None:
-        # Folded one after another, changes that build on each other would give something else.
-        for name, host, delta in self.deltas:
-            others = [other for other in slot_of(host).values() if other is not delta]
-            if others and not all(d.additive for d in (delta, *others)):
-                raise NotMergeable(
-                    f"`{name}` is changed by {type(delta).__name__} and by "
-                    f"{type(others[0]).__name__}, which do not simply add up: remove one of them."
-                )
-
-
-def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a `state` that is not exactly what `own` tensors can hold.
-
-    Raises:
-        AdapterError: a tensor is missing, unexpected, misshapen, of another kind or not finite.
-    """
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if extra:
-        raise AdapterError(
-            f"`{extra[0]}` is unexpected in {where} ({len(extra)} in all)."
-            f"{near_misses(extra[0], missing)}"
-        )
-    if missing:
-        raise AdapterError(f"`{missing[0]}` is missing in {where} ({len(missing)} in all).")
-    for name, tensor in own.items():
-        _check_tensor(name, tensor, state[name])
-
-
-def _check_tensor(name: str, own: Tensor, new: Any) -> None:
-    if not isinstance(new, Tensor):
-        raise AdapterError(f"`{name}` must be a tensor, but is {type(new).__name__} instead.")
-    if own.shape != new.shape:
-        raise AdapterError(
-            f"`{name}` must have shape {tuple(own.shape)}, but has {tuple(new.shape)} instead."
-        )
-    if own.is_floating_point() != new.is_floating_point():
-        raise AdapterError(f"`{name}` must be {own.dtype}, but is {new.dtype} instead.")
-    if new.is_floating_point() and not new.isfinite().all():
-        raise AdapterError(f"`{name}` holds NaN or infinite values.")
-
-
-def _refuse_exchange(name: str, present: Tensor, other: Tensor) -> None:
-    if type(present.data) is not torch.Tensor:
-        raise AdapterError(f"`{name}` is sharded over processes and cannot be exchanged.")
-    if other.is_meta and not present.is_meta:
-        raise AdapterError(
-            f"`{name}` had no values yet at the injection, since the model was on the meta device: "
-            "there is nothing to go back to; fill the model first, then inject."
-        )
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    named = model.named_modules(remove_duplicate=False)
-    return {plain_name(name): module for name, module in named}
-
-
-def _registry(model: nn.Module) -> dict[str, Adapter]:
-    registry: dict[str, Adapter] = model.__dict__.setdefault("_adapters", {})
-    return registry
-
-
-def _refuse_partial(
-    model: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, __: bool, *lists: list[str]
-) -> None:
-    # A state dict of the bare base holds no tensor of an adapter; any other must hold all of them.
-    missing = lists[0]
-    for adapter in model.__dict__["_adapters"].values():
-        own = {f"{prefix}{name}" for name in adapter.tensors() if SLOT in name.split(".")}
-        lost = own - state.keys() - set(missing) if own & state.keys() else ()
-        missing.extend(map(Unforgivable, sorted(lost)))
-
-
-def _hold_frozen_norms(model: nn.Module, in_place: Sequence[str]) -> list[nn.Module]:
-    trained = {name.rpartition(".")[0] for name in in_place}
-    norms = [m for n, m in _modules(model).items() if isinstance(m, _NORM) and n not in trained]
-    return [hold_in_eval(norm) for norm in norms if _has_statistics(norm)]
-
-
-def _has_statistics(norm: Any) -> bool:
-    # Another adapter may hold the norm already, and a shared one is met twice.
-    return norm.track_running_stats and not isinstance(norm, HeldInEval)
-
-
-def _tell_transformers(model: nn.Module) -> None:
-    """Keep what adapters added out of `save_pretrained`, by transformers' own list for that."""
-    for module in model.modules():
-        if is_transformers(module):  # before 5.9 the list is the class's, and None when empty
-            ignored = getattr(module, "_keys_to_ignore_on_save", None) or ()
-            kept = {name for name in ignored if f"{SLOT}." not in name}
-            added = {name for name in module.state_dict() if f"{SLOT}." in name}
-            module.__dict__["_keys_to_ignore_on_save"] = kept | added
+    def _added(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        roots = tuple(self._roots())
+        plain = ((plain_name(name), tensor) for name, tensor in named)
+        return {n: t for n, t in plain if f"{SLOT}." in n and n.startswith(roots)}

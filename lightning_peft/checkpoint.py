@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import random_state
-from lightning_peft.adapter import adapters_of, check_state
 from lightning_peft.delta import plain_name
 from lightning_peft.errors import AdapterError, CheckpointError
 from lightning_peft.fingerprint import check_fingerprint
 from lightning_peft.optimizers import group_names
 from lightning_peft.plain import make_plain
+from lightning_peft.registry import adapters_of
+from lightning_peft.state import check_state
 
 if TYPE_CHECKING:
     from lightning_peft.hooks import PEFTHooks

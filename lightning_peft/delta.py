@@ -131,8 +131,8 @@ class Delta(nn.Module):
 class Slot(nn.ModuleDict):
     """The deltas of a host by name; those in `running` act, in this order.
 
-    Hooks read `running` alone. A compiled graph takes the parameters of what stands there as inputs,
-    so that an exchange of one delta for another of its kind compiles nothing anew.
+    Hooks read `running` alone. A compiled graph takes the parameters of what stands there as its
+    inputs, so that an exchange of one delta for another of its kind compiles nothing anew.
     """
 
     def __init__(self) -> None:

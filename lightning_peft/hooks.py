@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lightning_peft import averaging, finite, modes, random_state, steps
 from lightning_peft import checkpoint as content
-from lightning_peft.adapter import Adapter, adapters_of
+from lightning_peft.adapter import Adapter
 from lightning_peft.delta import subclass, superclass
 from lightning_peft.errors import AdapterError
 from lightning_peft.export import save_final
 from lightning_peft.injection import Injection
 from lightning_peft.optimizers import check_scales, keep_trainable, optimizers_in
+from lightning_peft.registry import adapters_of
 
 
 class PEFTHooks:
@@ -64,6 +65,12 @@ class PEFTHooks:
         _ = adapter.base_fingerprint  # now, while the model is whole: a strategy may shard it
         if self.peft_buffers is None:
             self.peft_buffers = content.persistent_buffers(cast(nn.Module, self))
+
+    def configure_model(self) -> None:
+        """Let an adapter that another one had displaced act and be trained, before a fit."""
+        super().configure_model()  # type: ignore[misc]
+        if content.is_fitting(self) and self.peft_injection.name in adapters_of(cast(Any, self)):
+            self.peft_adapter.settle()
 
     def setup(self, stage: str) -> None:
         """Have checkpoints written atomically and read without unsafe pickles."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Part(Delta):
     """As much of another delta's change as is applied; it stands in for it among what acts."""
 
+    delta: Delta
+
     def __init__(self, delta: Delta) -> None:
         super().__init__()
         self.__dict__["delta"] = delta  # which stays a child of its slot alone
@@ -59,7 +61,7 @@ class Part(Delta):
     ) -> Any:
         """Return what attention gives, changed in part; the weights are those of the change."""
         plain = base(host, query, key, value, mask, **kwargs)
-        if not self.delta.strength:
+        if not self.delta.strength or type(self.delta).attend is Delta.attend:
             return plain
         changed = self.delta.attend(host, base, query, key, value, mask, **kwargs)
         return blend(plain[0], changed[0], self.delta.strength), *changed[1:]

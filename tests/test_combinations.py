@@ -18,10 +18,10 @@ from lightning_peft import (
     inject,
     load_adapter,
 )
-from lightning_peft.adapter import adapters_of
 from lightning_peft.delta import NotMergeable, slot_of
 from lightning_peft.errors import AdapterError, ConfigError
 from lightning_peft.methods import IA3, DoRA, LoRAPlus
+from lightning_peft.registry import adapters_of
 from lightning_peft.tasks.sequence_classification import SequenceClassification
 from tests.lightning_modules import At, changed, snapshot, trainer
 
@@ -106,6 +106,7 @@ def test_changes_that_build_on_each_other_are_not_folded_in(
     together, beside = build("llama"), build("llama")
     both = inject(together.model, mix)
     alone = [inject(beside.model, method, f"a{i}", head=False) for i, method in enumerate(mix)]
+    alone[0].activate()
     for example, adapters in ((together, [both]), (beside, alone)):
         with torch.no_grad():
             for parameter in [p for adapter in adapters for p in adapter.parameters()]:

@@ -81,7 +81,7 @@ def test_changes_inputs_and_outputs_in_order_of_attachment() -> None:
     attach(host, "shift", Add(0.0, before=10.0))
     assert host(x).tolist() == [24.0, 24.0]
     assert host(x=x).tolist() == [24.0, 24.0]
-    slot_of(host)["twice"].active = False
+    slot_of(host).let_act("twice", False)
     assert host(x).tolist() == [12.0, 12.0]
 
 
@@ -230,7 +230,7 @@ def test_a_weight_is_read_through_its_deltas_and_stays_what_it_is() -> None:
         torch.testing.assert_close(twin(x), x @ wanted.T + plain.bias)
     compiled = torch.compile(host, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), x @ wanted.T + plain.bias)
-    slot_of(host)["reverse"].active = False
+    slot_of(host).let_act("reverse", False)
     assert torch.equal(host.weight, plain.weight)
     torch.testing.assert_close(compiled(x), plain(x))
     detach(host, "add")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA, Targets, inject
-from lightning_peft.adapter import adapters_of
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
@@ -27,6 +26,7 @@ from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 

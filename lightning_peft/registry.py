@@ -1,0 +1,115 @@
+"""What a model keeps as long as it carries adapters."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_peft.delta import (
+    SLOT,
+    HeldInEval,
+    Unforgivable,
+    hold_in_eval,
+    plain_name,
+    release,
+)
+from lightning_peft.errors import AdapterError
+from lightning_peft.structure.anatomy import is_transformers
+
+if TYPE_CHECKING:
+    from lightning_peft.adapter import Adapter
+
+_NORM = nn.modules.batchnorm._NormBase
+
+
+class Registry(dict[str, "Adapter"]):
+    """The adapters of one model by name, and what the model was before the first of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
+        self.norms = [(n, m) for n, m in modules_of(model).items() if isinstance(m, _NORM)]
+        self.held: list[nn.Module] = []
+        self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
+
+    def hold_norms(self) -> None:
+        """Keep each normalisation in eval mode that no active adapter trains."""
+        if not self.norms:
+            return
+        trained = {
+            name.rpartition(".")[0] for a in self.values() if a.active for name in a.in_place
+        }
+        for norm in [m for n, m in self.norms if n in trained and m in self.held]:
+            self.held.remove(norm)
+            release(norm)
+        frozen = [m for n, m in self.norms if n not in trained and _has_statistics(m)]
+        self.held += [hold_in_eval(norm) for norm in frozen]
+
+    def close(self, model: nn.Module) -> None:
+        """Give the model back what it was before the first adapter."""
+        self.guard.remove()
+        for module in reversed(self.held):
+            release(module)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.required.get(plain_name(name), False))
+
+
+def refuse_clash(adapters: Iterable["Adapter"]) -> None:
+    """Refuse to let adapters act together that train the same weight in place.
+
+    Raises:
+        AdapterError: two of them do.
+    """
+    owners: dict[str, str] = {}
+    for adapter in adapters:
+        for name in adapter.in_place:
+            if (other := owners.setdefault(name, adapter.name)) != adapter.name:
+                raise AdapterError(
+                    f"`{name}` is trained in place by `{other}` and by `{adapter.name}`, which "
+                    "cannot both act: deactivate one of them, or `switch` to the other."
+                )
+
+
+def adapters_of(model: nn.Module) -> dict[str, "Adapter"]:
+    """Return the adapters that `model` or a module inside it carries, by name."""
+    return {n: a for m in model.modules() for n, a in m.__dict__.get("_adapters", {}).items()}
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """Return the registry of the adapters that were injected into `model` itself."""
+    if "_adapters" not in model.__dict__:
+        model.__dict__["_adapters"] = Registry(model)
+    registry: Registry = model.__dict__["_adapters"]
+    return registry
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by their plain names, a shared one under each of its names."""
+    named = model.named_modules(remove_duplicate=False)
+    return {plain_name(name): module for name, module in named}
+
+
+def tell_transformers(model: nn.Module) -> None:
+    """Keep what adapters added out of `save_pretrained`, by transformers' own list for that."""
+    for module in model.modules():
+        if is_transformers(module):  # before 5.9 the list is the class's, and None when empty
+            ignored = getattr(module, "_keys_to_ignore_on_save", None) or ()
+            kept = {name for name in ignored if f"{SLOT}." not in name}
+            added = {name for name in module.state_dict() if f"{SLOT}." in name}
+            module.__dict__["_keys_to_ignore_on_save"] = kept | added
+
+
+def _refuse_partial(
+    model: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, __: bool, *lists: list[str]
+) -> None:
+    # A state dict of the bare base holds no tensor of an adapter; any other must hold all of them.
+    missing = lists[0]
+    for adapter in model.__dict__["_adapters"].values():
+        own = {f"{prefix}{name}" for name in adapter.added_keys()}
+        lost = own - state.keys() - set(missing) if own & state.keys() else ()
+        missing.extend(map(Unforgivable, sorted(lost)))
+
+
+def _has_statistics(norm: Any) -> bool:
+    # Another registry may hold the norm already, and a shared one is met twice.
+    return norm.track_running_stats and not isinstance(norm, HeldInEval)
