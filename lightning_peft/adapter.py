@@ -311,7 +311,12 @@ class Adapter:
 
         return save_adapter(self, folder)
 
-    def export(self, folder: str | Path, format: str = "peft", part: str | None = None) -> Path:
+    def export(
+        self,
+        folder: str | Path,
+        format: str = "peft",  # noqa: A002
+        part: str | None = None,
+    ) -> Path:
         """Write the adapter, or its method `part` alone, to `folder` for another library.
 
         Raises:

@@ -1,10 +1,14 @@
-"""An adapter on disk: `adapter_model.safetensors` beside a readable `lightning_peft.json`."""
+"""An adapter on disk: `adapter_model.safetensors` beside a readable `lightning_peft.json`.
+
+Where peft's format holds the adapter without loss the tensors have peft's keys, and
+`adapter_config.json` stands beside them: one folder serves both. `lightning_peft.json`, the
+sidecar, says what peft's configuration cannot: our methods, the base's fingerprint, checksums. A
+folder without it is taken for one that peft wrote.
+"""
 
 import hashlib
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,32 @@ from typing import Any
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft.adapter import Adapter, check_state
+from lightning_peft.adapter import Adapter
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
+from lightning_peft.files.folder_io import (
+    TENSORS,
+    dump,
+    pack,
+    parse,
+    read_json,
+    read_tensors,
+    write,
+)
+from lightning_peft.files.peft import exchange
+from lightning_peft.files.peft.settings import Settings
+from lightning_peft.files.peft.spelling import Inexpressible
 from lightning_peft.fingerprint import check_fingerprint, fingerprint
 from lightning_peft.method import Method, inject
+from lightning_peft.state import check_state
 
-TENSORS = "adapter_model.safetensors"
 CONFIG = "lightning_peft.json"
-FORMAT = 1
+THEIR_CONFIG = "adapter_config.json"
+FORMAT = 2
+READABLE = (1, 2)
+"""Formats of the sidecar that can be read; in the first the keys were always ours."""
+
 _NEEDED = ("name", "methods", "in_place", "fingerprint", "sha256")
 
 
@@ -36,52 +56,117 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
 
 def write_adapter(adapter: Adapter, tensors: Mapping[str, Tensor], folder: str | Path) -> Path:
     """Write `adapter` to `folder` with the values of `tensors`, gathered from where they live."""
-    from safetensors.torch import save
+    state = _finite(adapter, tensors)
+    spelled = _lossless(adapter, state)
+    if spelled is None:
+        data, theirs = pack(state), None
+    else:
+        rounded = {name: state[name] for name in spelled.rounded()}
+        data, theirs = pack(spelled.tensors(state) | rounded), dump(spelled.config)
+    own = dump(_describe(adapter, data, theirs))
+    write(Path(folder), {TENSORS: data, THEIR_CONFIG: theirs, CONFIG: own})
+    return Path(folder)
 
+
+def export_adapter(adapter: Adapter, folder: str | Path, part: str | None = None) -> Path:
+    """Write `adapter`, or one part of a combination, in peft's format and nothing else.
+
+    Args:
+        adapter: what to write.
+        folder: where to; what an earlier save left there is replaced.
+        part: the kind of the method to write (`lora`); None where there is one.
+
+    Raises:
+        AdapterError: peft cannot hold it; the message says why.
+        CheckpointError: the folder cannot be written, or a tensor holds NaN or infinite values.
+    """
+    state, spelled = _finite(adapter, adapter.state_dict()), exchange.spell(adapter, part)
+    data = pack(spelled.tensors(state))
+    write(Path(folder), {TENSORS: data, THEIR_CONFIG: dump(spelled.config), CONFIG: None})
+    return Path(folder)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    ignore_fingerprint: bool = False,
+) -> Adapter:
+    """Inject into `model` the adapter that was saved in `folder`, by us or by peft.
+
+    Args:
+        model: the base that the adapter was trained on.
+        folder: what `Adapter.save`, `Adapter.export` or peft's `save_pretrained` wrote.
+        name: another name for the adapter than the one it was saved under.
+        ignore_fingerprint: take the model for the adapter's base although its values differ.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged, the model is another base, a setting
+            or a tensor does not fit; the model is left as it was.
+        TargetError: a pattern matches nothing; the model is left as it was.
+    """
+    folder = Path(folder)
+    data = read_tensors(folder)
+    if (folder / CONFIG).exists():
+        return _load_own(model, folder, data, name, ignore_fingerprint)
+    if (folder / THEIR_CONFIG).exists():
+        return _load_theirs(model, folder, data, name)
+    raise CheckpointError(
+        f"`{folder}` must hold `{TENSORS}` and `{CONFIG}` of a saved adapter, or peft's "
+        f"`{THEIR_CONFIG}` instead, but has neither of the two: `{CONFIG}` is missing."
+    )
+
+
+def _load_own(
+    model: nn.Module, folder: Path, data: bytes, name: str | None, ignore_fingerprint: bool
+) -> Adapter:
+    config = _checked(folder, data)
+    methods = [_method(spec, f"methods[{i}]") for i, spec in enumerate(config["methods"])]
+    old, new = config["name"], name or config["name"]
+    tensors = parse(data, folder / TENSORS)
+    state = {_renamed(key, old, new): tensor for key, tensor in tensors.items()}
+    if not ignore_fingerprint:
+        present = fingerprint(model, set(config.get("replaced", state)))
+        check_fingerprint(config["fingerprint"], present, f"`{folder}`")
+    adapter = inject(model, methods, new, train=_exactly(config["in_place"]), head=False)
+    with _removed_on_error(adapter, folder):
+        if config.get("keys") == "peft":
+            state = exchange.spell(adapter).respelled(state)
+        adapter.load_state_dict(state)
+    return adapter
+
+
+def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) -> Adapter:
+    values = read_json(folder / THEIR_CONFIG)
+    tensors = parse(data, folder / TENSORS)
+    settings = Settings(values, str(folder / THEIR_CONFIG))
+    described = exchange.describe(settings, list(tensors), model)
+    exactly = _exactly(described.in_place)
+    adapter = inject(model, described.methods, name or "default", train=exactly, head=False)
+    with _removed_on_error(adapter, folder, str(values.get("base_model_name_or_path") or "")):
+        adapter.load_state_dict(exchange.read(described, adapter, tensors))
+    return adapter
+
+
+def _finite(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {name: t.cpu().contiguous() for name, t in tensors.items()}
     try:
         check_state(state, state, f"adapter `{adapter.name}`")
     except PEFTError as error:
         raise CheckpointError(f"The adapter was not saved: {error}") from error
-    data = save(state, {"format": "pt"})
-    text = json.dumps(_describe(adapter, data), indent=2) + "\n"
-    folder = Path(folder)
+    return state
+
+
+def _lossless(adapter: Adapter, state: Mapping[str, Tensor]) -> exchange.Spelled | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / TENSORS, data)
-        _replace(folder / CONFIG, text.encode())
-    except OSError as error:
-        raise CheckpointError(f"The adapter cannot be written to `{folder}`: {error}.") from error
-    return folder
+        spelled = exchange.spell(adapter)
+        return spelled if spelled.holds(state) else None
+    except Inexpressible:
+        return None
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) -> Adapter:
-    """Inject into `model` the adapter that was saved in `folder`.
-
-    Args:
-        model: the base that the adapter was trained on.
-        folder: what `Adapter.save` wrote.
-        name: another name for the adapter than the one it was saved under.
-
-    Raises:
-        CheckpointError: the folder is incomplete or damaged, the model is another base, or its
-            tensors do not fit; the model is left as it was.
-    """
-    folder = Path(folder)
-    config, tensors = _read(folder)
-    methods = [_method(spec, f"methods[{i}]") for i, spec in enumerate(config["methods"])]
-    old, new = config["name"], name or config["name"]
-    state = {_renamed(key, old, new): tensor for key, tensor in tensors.items()}
-    present = fingerprint(model, set(state))
-    check_fingerprint(config["fingerprint"], present, f"`{folder}`")
-    exactly = [f"re:{re.escape(parameter)}" for parameter in config["in_place"]]
-    adapter = inject(model, methods, new, train=exactly, head=False)
-    with _removed_on_error(adapter, folder):
-        adapter.load_state_dict(state)
-    return adapter
-
-
-def _describe(adapter: Adapter, data: bytes) -> dict[str, Any]:
+def _describe(adapter: Adapter, data: bytes, theirs: bytes | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "lightning_peft": lightning_peft.__version__,
@@ -89,10 +174,12 @@ def _describe(adapter: Adapter, data: bytes) -> dict[str, Any]:
         "base": _base_name(adapter.model),
         "methods": [to_spec(method) for method in adapter.methods],
         "in_place": adapter.in_place,
+        "replaced": sorted(n for n in adapter.tensors() if SLOT not in n.split(".")),
+        "keys": "own" if theirs is None else "peft",
         "parameters": adapter.num_parameters,
         "fingerprint": adapter.base_fingerprint,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+        "sha256": _sha256(data),
+    } | ({} if theirs is None else {"adapter_config_sha256": _sha256(theirs)})
 
 
 def _base_name(model: nn.Module) -> dict[str, str]:
@@ -110,35 +197,39 @@ def _method(spec: Any, where: str) -> Method:
         raise CheckpointError(f"`{CONFIG}` cannot be read: {error}") from error
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        data = (folder / TENSORS).read_bytes()
-    except (OSError, ValueError) as error:
+def _checked(folder: Path, data: bytes) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if config.get("format") not in READABLE:
         raise CheckpointError(
-            f"`{folder}` must hold `{TENSORS}` and `{CONFIG}` of a saved adapter: {error}."
-        ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(
-            f"`{folder / CONFIG}` must have `format` {FORMAT}: update the package."
+            f"`{folder / CONFIG}` must have `format` {' or '.join(map(str, READABLE))}: update the "
+            "package."
         )
     if lacking := [key for key in _NEEDED if key not in config]:
         raise CheckpointError(f"`{folder / CONFIG}` lacks `{lacking[0]}`: save the adapter again.")
-    if hashlib.sha256(data).hexdigest() != config["sha256"]:
+    if _sha256(data) != config["sha256"]:
         raise CheckpointError(
             f"`{folder / TENSORS}` is damaged: its SHA-256 is not the one in `{CONFIG}`."
         )
-    return config, _parse(data, folder / TENSORS)
+    if config.get("keys") == "peft":
+        _check_theirs(folder, config)
+    return config
 
 
-def _parse(data: bytes, path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def _check_theirs(folder: Path, config: Mapping[str, Any]) -> None:
+    path = folder / THEIR_CONFIG
+    if path.exists() and _sha256(path.read_bytes()) != config.get("adapter_config_sha256"):
+        raise CheckpointError(
+            f"`{path}` was changed since the adapter was saved: its SHA-256 is not the one in "
+            f"`{CONFIG}`; put it back, or remove `{CONFIG}` to load the folder as one of peft's."
+        )
 
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"`{path}` is no safetensors file: {error}.") from error
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _exactly(names: Sequence[str]) -> list[str]:
+    return [f"re:{re.escape(name)}" for name in names]
 
 
 def _renamed(key: str, old: str, new: str) -> str:
@@ -146,21 +237,12 @@ def _renamed(key: str, old: str, new: str) -> str:
 
 
 @contextmanager
-def _removed_on_error(adapter: Adapter, folder: Path) -> Iterator[None]:
+def _removed_on_error(adapter: Adapter, folder: Path, base: str = "") -> Iterator[None]:
     try:
         yield
-    except PEFTError as error:
+    except BaseException as error:
         adapter.forget()
-        raise CheckpointError(f"`{folder}` does not fit this model: {error}") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        if not isinstance(error, PEFTError):
+            raise
+        trained = f" It was trained on `{base}`." if base else ""
+        raise CheckpointError(f"`{folder}` does not fit this model: {error}{trained}") from error

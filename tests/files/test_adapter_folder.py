@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lightning_peft import Freeze, LoRA, Targets, inject, load_adapter
-from lightning_peft.adapter import adapters_of
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, CheckpointError, PEFTError
-from lightning_peft.files.adapter_folder import CONFIG, TENSORS
+from lightning_peft.files.adapter_folder import CONFIG, TENSORS, THEIR_CONFIG
+from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 
@@ -63,7 +63,7 @@ def test_holds_two_files_a_person_can_read(build: Build, tmp_path: Path) -> None
     folder = tmp_path / "new" / "adapter"
     example = saved(build, folder, rank_pattern={"query": 4}, layers=[0])
     adapter = adapters_of(example.model)["default"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([TENSORS, CONFIG])
+    assert sorted(path.name for path in folder.iterdir()) == [THEIR_CONFIG, TENSORS, CONFIG]
     config = json.loads((folder / CONFIG).read_text())
     assert config["methods"][0]["_target_"] == "lightning_peft.methods.LoRA"
     assert config["methods"][0]["rank_pattern"] == {"query": 4}
@@ -71,7 +71,9 @@ def test_holds_two_files_a_person_can_read(build: Build, tmp_path: Path) -> None
     assert config["base"]["class"] == "BertForSequenceClassification"
     assert config["parameters"] == adapter.num_parameters
     tensors = load_file(folder / TENSORS)
-    assert tensors.keys() == adapter.state_dict().keys()
+    names = {n.replace(f".{SLOT}.default_lora", "") for n in adapter.state_dict()}
+    theirs = {n.removeprefix("base_model.model.").removesuffix(".weight") for n in tensors}
+    assert theirs == {name.removesuffix(".weight") for name in names}
     assert (folder / TENSORS).stat().st_size < adapter.num_bytes + 4096
 
 
@@ -169,7 +171,8 @@ def test_a_second_time_is_refused(build: Build, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(lost: str, build: Build, tmp_path: Path) -> None:
     saved(build, tmp_path)
     (tmp_path / lost).unlink()
-    with pytest.raises(CheckpointError, match=f"must hold `{TENSORS}` and `{CONFIG}`.*{lost}"):
+    (tmp_path / THEIR_CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=f"must hold `{TENSORS}`.*{lost}"):
         load_adapter(build("bert").model, tmp_path)
 
 
@@ -185,8 +188,8 @@ def test_a_flipped_bit_is_noticed(build: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "must have `format` 1"),
-        ({"format": None}, "must have `format` 1"),
+        ({"format": 3}, "must have `format` 1 or 2"),
+        ({"format": None}, "must have `format` 1 or 2"),
         ({"sha256": None}, "lacks `sha256`"),
         ({"methods": None}, "lacks `methods`"),
         ({"fingerprint": None}, "lacks `fingerprint`"),
@@ -198,7 +201,7 @@ def test_a_flipped_bit_is_noticed(build: Build, tmp_path: Path) -> None:
         ({"methods": [{"_target_": "lightning_peft.LoRA", "targets": "nothing"}]}, "nothing"),
         ({"in_place": ["nothing"]}, "nothing"),
         ({"in_place": []}, "unexpected"),
-        ({"in_place": ["classifier.bias"]}, "`classifier.weight` is unexpected"),
+        ({"in_place": ["classifier.bias"]}, "`base_model.model.classifier.weight` has other"),
         ({"name": "a b"}, "`name` must be letters"),
     ],
 )
@@ -230,7 +233,7 @@ def test_what_is_no_json_and_no_safetensors_is_refused(build: Build, tmp_path: P
 def test_tensors_that_do_not_fit_are_refused(change: str, build: Build, tmp_path: Path) -> None:
     saved(build, tmp_path)
     tensors = load_file(tmp_path / TENSORS)
-    first = next(name for name in tensors if name.endswith("lora_A"))
+    first = next(name for name in tensors if name.endswith("lora_A.weight"))
     if change == "missing":
         del tensors[first]
     else:

@@ -1,0 +1,245 @@
+"""Whole folders in peft's format, by the spellings: what to write, and what was read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.errors import AdapterError, near_misses
+from lightning_peft.files.peft import in_place, spellings
+from lightning_peft.files.peft.settings import Settings
+from lightning_peft.files.peft.spelling import Entry, Inexpressible, Part, Spelling, State
+from lightning_peft.method import Method
+from lightning_peft.structure.anatomy import under
+
+VERSION = "0.21.2"
+"""The version of peft whose format this is."""
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One part of an adapter in peft's format."""
+
+    part: Part
+    spelling: Spelling
+    config: dict[str, Any]
+    """What `adapter_config.json` holds."""
+
+    entries: list[Entry]
+
+    def tensors(self, state: State) -> dict[str, Tensor]:
+        """Return peft's tensors, given ours.
+
+        Raises:
+            Inexpressible: a value cannot be written.
+        """
+        written = {e.theirs: e.write(state) for e in self.entries if not e.optional}
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in written.items()}
+
+    def holds(self, state: State) -> bool:
+        """Whether what is written gives all of our tensors back, bit by bit.
+
+        A tensor that peft's format rounds is kept beside it, under our key.
+        """
+        own = {e.ours: e for e in self.entries if e.ours is not None}
+        if not self.spelling.lossless or own.keys() != state.keys():
+            return False
+        pairs = ((state[name], e.read(e.write(state))) for name, e in own.items() if e.exact)
+        return all(torch.equal(ours, back.to(ours.dtype)) for ours, back in pairs)
+
+    def respelled(self, tensors: State) -> dict[str, Tensor]:
+        """Return our tensors from those that `tensors` and `rounded` gave.
+
+        Raises:
+            AdapterError: one is missing, unexpected, or cannot be what it should be.
+        """
+        kept = {name: tensors[name] for name in self.rounded() if name in tensors}
+        theirs = {key: tensor for key, tensor in tensors.items() if key not in kept}
+        return unspell(self.entries, theirs) | kept
+
+    def rounded(self) -> list[str]:
+        """Return our keys of what peft's format rounds."""
+        return [e.ours for e in self.entries if e.ours is not None and not e.exact]
+
+
+def spell(adapter: Adapter, part: str | None = None) -> Spelled:
+    """Return an adapter, or one part of a combination, in peft's format.
+
+    Args:
+        adapter: which is present and enabled.
+        part: the kind of the method to write; None where the adapter has one.
+
+    Raises:
+        Inexpressible: peft cannot hold it; the message says why.
+    """
+    one = Part(adapter, _method(adapter, part))
+    spelling = next((s for s in spellings() if s.writes(one)), None)
+    if spelling is None:
+        raise Inexpressible(f"peft has no counterpart of {type(one.method).__name__}.")
+    own, entries = spelling.config(one), spelling.entries(one)
+    trained = _in_place(one)
+    covered = [e.ours for e in entries if e.ours in trained]
+    modules = in_place.saved_modules(adapter.model, trained, covered, one.deltas)
+    saved = in_place.patterns_of(adapter.model, modules, one.deltas)
+    entries = _with_modules(one, entries, modules, spelling.base)
+    config = _common(adapter.model, spelling, modules) | {"modules_to_save": saved or None} | own
+    return Spelled(one, spelling, dict(sorted(config.items())), entries)
+
+
+def spelling_of(settings: Settings) -> Spelling:
+    """Return the spelling that reads a configuration.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    kind = settings.peek("peft_type")
+    known = sorted({spelling.peft_type for spelling in spellings()})
+    if not isinstance(kind, str) or kind not in known:
+        raise settings.refusal(
+            "peft_type", f"must be one of {', '.join(known)}{near_misses(str(kind), known)}"
+        )
+    fits = [s for s in spellings() if s.peft_type == kind and s.reads(settings)]
+    if not fits:
+        raise settings.refusal("peft_type", "describes a variant that we do not have")
+    return fits[0]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a folder of peft's describes, for a given base."""
+
+    spelling: Spelling
+    methods: tuple[Method, ...]
+    modules: list[str]
+    """What is trained in place, as whole modules."""
+
+    in_place: list[str]
+    """The names of their parameters."""
+
+
+def describe(settings: Settings, keys: Sequence[str], model: nn.Module) -> Described:
+    """Return the methods of a configuration, and what it trains in place.
+
+    Raises:
+        CheckpointError: a setting cannot be honoured.
+        TargetError: a pattern is none.
+    """
+    spelling = spelling_of(settings)
+    made = spelling.method(settings, keys, model)
+    modules = in_place.found_in(settings, keys, model, spelling.base)
+    settings.finish()
+    methods = (made,) if isinstance(made, Method) else tuple(made)
+    return Described(spelling, methods, modules, in_place.parameters_of(model, modules))
+
+
+def read(described: Described, adapter: Adapter, tensors: State) -> dict[str, Tensor]:
+    """Return the adapter's state from peft's tensors, every one of which is accounted for.
+
+    Raises:
+        AdapterError: one is missing, unexpected, or cannot be what it should be.
+    """
+    spelling, part = described.spelling, Part(adapter, adapter.methods[0])
+    entries = _with_modules(part, spelling.entries(part), described.modules, spelling.base)
+    known = {entry.theirs for entry in entries}
+    extra = (in_place.base_tensor(adapter.model, k, spelling.base) for k in {*tensors} - known)
+    entries += [entry for entry in extra if entry is not None]
+    return spelling.derived(part) | unspell(entries, tensors)
+
+
+def unspell(entries: Sequence[Entry], tensors: State) -> dict[str, Tensor]:
+    """Return our tensors from peft's, every one of which is accounted for.
+
+    Raises:
+        AdapterError: one is missing, unexpected, or cannot be what it should be.
+    """
+    known = {entry.theirs: entry for entry in entries}
+    extra = sorted(tensors.keys() - known.keys())
+    missing = sorted(k for k, e in known.items() if k not in tensors and not e.optional)
+    if extra:
+        raise AdapterError(
+            f"`{extra[0]}` is unexpected ({len(extra)} in all).{near_misses(extra[0], missing)}"
+        )
+    if missing:
+        raise AdapterError(f"`{missing[0]}` is missing ({len(missing)} in all).")
+    state = {}
+    for key, tensor in tensors.items():
+        entry = known[key]
+        if entry.ours is None:
+            entry.read(tensor)
+        else:
+            state[entry.ours] = entry.read(_plain(key, tensor)).contiguous()
+    return state
+
+
+def _plain(key: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise AdapterError(
+            f"`{key}` must be of a floating-point type, but is {tensor.dtype} instead."
+        )
+    if not tensor.isfinite().all():
+        raise AdapterError(f"`{key}` holds NaN or infinite values.")
+    return tensor
+
+
+def _method(adapter: Adapter, part: str | None) -> Method:
+    kinds = [method.kind for method in adapter.methods]
+    if part is None and len(kinds) != 1:
+        raise Inexpressible(
+            f"peft has no combination of methods, and this adapter has {', '.join(kinds)}: export "
+            f"one of them alone, with part={kinds[0] if kinds else None!r}."
+        )
+    if part is not None and kinds.count(part) != 1:
+        raise Inexpressible(f"`part` must name one of {', '.join(kinds)}, but is {part!r} instead.")
+    return adapter.methods[kinds.index(part) if part is not None else 0]
+
+
+def _in_place(part: Part) -> list[str]:
+    """Return what is trained in place, without what other methods of the adapter train."""
+    others = [m for m in part.adapter.methods if m is not part.method]
+    theirs = {name for method in others for name in method.in_place(part.model)}
+    own = set(part.method.in_place(part.model)) if theirs else set()
+    return [name for name in part.adapter.in_place if name not in theirs - own]
+
+
+def _with_modules(
+    part: Part, entries: Sequence[Entry], modules: Sequence[str], base: str
+) -> list[Entry]:
+    """Return the entries with those of modules that are trained in place as a whole."""
+    free = [e for e in entries if not under((e.ours or "").rpartition(".")[0], tuple(modules))]
+    return free + in_place.entries_of(part.model, modules, _in_place(part), base)
+
+
+def _common(model: nn.Module, spelling: Spelling, modules: Sequence[str]) -> dict[str, Any]:
+    source = getattr(model, "config", None)
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": str(getattr(source, "name_or_path", "") or "") or None,
+        "inference_mode": True,
+        "peft_type": spelling.peft_type,
+        "peft_version": VERSION,
+        "revision": None,
+        "task_type": _task(model, modules),
+    }
+
+
+def _task(model: Any, modules: Sequence[str]) -> str | None:
+    """Return peft's name of the model's task, where it would train what we did and no more."""
+    name = type(model).__name__
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    if task == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    heads = in_place.HEADS.get(str(task), ())
+    implied = {n for n, _ in model.named_modules() if heads and n.endswith(heads)}
+    return task if implied <= {*modules} else None
