@@ -235,7 +235,7 @@ def test_deltas_attend_one_inside_the_other(build: Build) -> None:
     example.logits()
     attach(host, "two", Twice())
     example.logits()
-    slot_of(host)["one"].active = False
+    slot_of(host).let_act("one", False)
     example.logits()
     torch.testing.assert_close(seen[1], 2 * seen[0])
     torch.testing.assert_close(seen[2], 4 * seen[0])
@@ -253,6 +253,7 @@ def test_two_prefixes_are_one_longer_prefix(name: str, build: Build) -> None:
     example, joined = build(name), build(name)
     one = inject(example.model, PTuningV2(tokens=3), "one", head=False)
     two = inject(example.model, PTuningV2(tokens=2), "two", head=False)
+    one.activate()
     both = inject(joined.model, PTuningV2(tokens=5), head=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

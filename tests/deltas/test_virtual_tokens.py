@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from lightning_peft import inject
+from lightning_peft import inject, switch
 from lightning_peft.errors import AdapterError, TargetError
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -250,6 +250,7 @@ def test_two_adapters_put_their_tokens_into_one_text(build: Build) -> None:
     for name, count in (("one", 3), ("two", 2)):
         adapter = inject(model, PromptTuning(tokens=count), name)
         vectors.insert(0, adapter.parameters()[0])
+    switch(model, ["one", "two"])
     both = model(input_ids=IDS).logits
     written = model.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
     assert both.shape[1] == IDS.shape[1]

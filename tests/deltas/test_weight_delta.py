@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LoRA, Targets, inject
+from lightning_peft import LoRA, Targets, inject, switch
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
@@ -457,8 +457,9 @@ def test_two_adapters_keep_apart(build: Build) -> None:
     one = inject(example.model, VeRA(r=4, seed=1), "one")
     two = inject(example.model, LoKr(r=1), "two")
     randomise(one), randomise(two)
-    with two.disabled():
-        first = example.logits()
+    switch(example.model, "one")
+    first = example.logits()
+    assert not torch.equal(first, base)
     two.remove()
     assert torch.equal(example.logits(), first)
     one.remove()
