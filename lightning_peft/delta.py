@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import AdapterError
+from lightning_peft.marker import mixins_of, subclass, without
 
 SLOT = "lightning_peft"
 """The name under which a host module keeps its deltas."""
@@ -174,7 +175,7 @@ def attach(module: nn.Module, name: str, delta: Delta) -> Slot:
         once = isinstance(module, nn.Linear)
         mixins = (_Reweighed,) if once else (_Remembering, _Reweighed)
         module.__class__ = subclass(cast(type, type(module)), *mixins)
-    if type(delta).attend is not Delta.attend and not any(map(_attends, _layers(type(module)))):
+    if type(delta).attend is not Delta.attend and not any(map(_attends, mixins_of(type(module)))):
         from lightning_peft.deltas.attention import route  # which knows deltas itself
 
         module.__class__ = subclass(cast(type, type(module)), cast(type, route(module)))
@@ -266,78 +267,8 @@ _READ = threading.local()
 """What has been read in the forward pass that a thread is in."""
 
 
-class HeldInEval:
-    """Mixin of a frozen normalisation, which stays in eval mode."""
-
-    def train(self: Any, mode: bool = True) -> Any:
-        self.__dict__["_peft_asked"] = mode  # what it would be in, for `release`
-        return super().train(False)  # type: ignore[misc]
-
-
-def hold_in_eval(module: nn.Module) -> nn.Module:
-    """Keep a frozen normalisation in eval mode, or its running statistics drift in training."""
-    training = module.training
-    module.__class__ = subclass(cast(type, type(module)), HeldInEval)
-    module.train(training)
-    return module
-
-
-def release(module: nn.Module) -> None:
-    """Undo `hold_in_eval`: the module goes into the mode that was last asked for."""
-    module.__class__ = _without(type(module), HeldInEval)
-    module.train(module.__dict__.pop("_peft_asked"))
-
-
-class _Quiet:
-    # A class may count its subclasses, or ask them for settings; it must not meet ours.
-    __init_subclass__ = object.__init_subclass__
-
-
-@functools.cache
-def subclass(base: type, *mixins: type) -> type:
-    """Return the one subclass of `base` with `mixins` in front; it prints and pickles like it."""
-    body = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"__reduce_ex__": _reduce, "_made_of": (base, mixins)}
-    bases = (*mixins, base) if issubclass(base, _Quiet) else (*mixins, _Quiet, base)
-    return type(base.__name__, bases, body)
-
-
-def superclass(marked: type) -> type:
-    """Return the class that `subclass` was given for `marked`."""
-    base: type = marked._made_of[0]  # type: ignore[attr-defined]
-    return base
-
-
-def _without(marked: type, *mixins: type) -> type:
-    base, found = marked._made_of  # type: ignore[attr-defined]
-    return base if found == mixins else subclass(_without(base, *mixins), *found)
-
-
-def _layers(marked: type) -> list[tuple[type, ...]]:
-    """Return the mixins of each class that `subclass` made on the way to `marked`, last first."""
-    layers = []
-    while "_made_of" in vars(marked):
-        marked, mixins = marked._made_of  # type: ignore[attr-defined]
-        layers.append(mixins)
-    return layers
-
-
 def _attends(mixins: tuple[type, ...]) -> bool:
     return any(issubclass(mixin, Attending) for mixin in mixins)
-
-
-def _rebuild(base: type, *layers: tuple[type, ...]) -> Any:
-    for mixins in layers:
-        base = subclass(base, *mixins)
-    marked: Any = base
-    return marked.__new__(marked)
-
-
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    base, layers = type(self), _layers(type(self))  # a host may have been marked more than once
-    for _ in layers:
-        base = superclass(base)
-    return _rebuild, (base, *reversed(layers)), self.__getstate__()
 
 
 def _open(module: nn.Module) -> Slot:
@@ -355,9 +286,9 @@ def _open(module: nn.Module) -> Slot:
 
 def _close(module: nn.Module) -> None:
     del module._modules[SLOT]
-    for mixins in _layers(type(module)):
+    for mixins in mixins_of(type(module)):
         if {*mixins} <= {_Reweighed, _Remembering} or _attends(mixins):  # what `attach` put there
-            module.__class__ = _without(type(module), *mixins)
+            module.__class__ = without(type(module), *mixins)
     pre, post = module._forward_pre_hooks, module._forward_hooks
     for key in [key for key, hook in pre.items() if hook is _before]:
         del pre[key], module._forward_pre_hooks_with_kwargs[key]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lightning_peft import averaging, finite, modes, random_state, steps
 from lightning_peft import checkpoint as content
 from lightning_peft.adapter import Adapter
-from lightning_peft.delta import subclass, superclass
 from lightning_peft.errors import AdapterError
 from lightning_peft.export import save_final
 from lightning_peft.injection import Injection
+from lightning_peft.marker import subclass, superclass
 from lightning_peft.optimizers import check_scales, keep_trainable, optimizers_in
 from lightning_peft.registry import adapters_of
 
@@ -187,7 +187,7 @@ class LateHooks(PEFTHooks):
 
     def configure_model(self) -> None:
         """Inject, after the module has built its model in whichever hook it does so."""
-        super().configure_model()  # type: ignore[misc]
+        super().configure_model()
         if self.peft_pending:
             self.peft_inject()
             self.peft_pending = False

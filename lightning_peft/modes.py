@@ -1,10 +1,34 @@
 """Train and eval mode in a module whose base is frozen."""
 
 import warnings
+from typing import Any, cast
 
 from torch import nn
 
-from lightning_peft.delta import Delta, HeldInEval
+from lightning_peft.delta import Delta
+from lightning_peft.marker import subclass, without
+
+
+class HeldInEval:
+    """Mixin of a frozen normalisation, which stays in eval mode."""
+
+    def train(self: Any, mode: bool = True) -> Any:
+        self.__dict__["_peft_asked"] = mode  # what it would be in, for `release`
+        return super().train(False)  # type: ignore[misc]
+
+
+def hold_in_eval(module: nn.Module) -> nn.Module:
+    """Keep a frozen normalisation in eval mode, or its running statistics drift in training."""
+    training = module.training
+    module.__class__ = subclass(cast(type, type(module)), HeldInEval)
+    module.train(training)
+    return module
+
+
+def release(module: nn.Module) -> None:
+    """Undo `hold_in_eval`: the module goes into the mode that was last asked for."""
+    module.__class__ = without(type(module), HeldInEval)
+    module.train(module.__dict__.pop("_peft_asked"))
 
 
 def prepare(module: nn.Module, within: str) -> None:

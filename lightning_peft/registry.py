@@ -5,15 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_peft.delta import (
-    SLOT,
-    HeldInEval,
-    Unforgivable,
-    hold_in_eval,
-    plain_name,
-    release,
-)
+from lightning_peft.delta import SLOT, Unforgivable, plain_name
 from lightning_peft.errors import AdapterError
+from lightning_peft.modes import HeldInEval, hold_in_eval, release
 from lightning_peft.structure.anatomy import is_transformers
 
 if TYPE_CHECKING:

@@ -14,13 +14,12 @@ from lightning_peft.delta import (
     NotMergeable,
     attach,
     detach,
-    hold_in_eval,
     plain_name,
-    release,
     slot_of,
-    subclass,
 )
 from lightning_peft.errors import AdapterError
+from lightning_peft.marker import subclass
+from lightning_peft.modes import hold_in_eval, release
 
 
 class Add(Delta):
