@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import Kernel, LowRank, Parts, Product, Site
+from lightning_peft.deltas.hosts import Parts
+from lightning_peft.deltas.low_rank import LowRank, Product, Site
+from lightning_peft.deltas.sites import Kernel
 from lightning_peft.deltas.weight_delta import WeightDelta
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods.lora import LoRA

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.deltas.low_rank import has_matrix, site_of
+from lightning_peft.deltas.hosts import has_matrix
+from lightning_peft.deltas.sites import site_of
 from lightning_peft.deltas.weight_delta import WeightDelta, input_of, with_input
 from lightning_peft.structure.anatomy import is_linear, read_weights
 from lightning_peft.structure.targets import Patterns, Targets, as_targets

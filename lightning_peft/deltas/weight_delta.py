@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta, NotMergeable
-from lightning_peft.deltas.low_rank import Kernel, Site, Table, deltas_for, fresh
+from lightning_peft.deltas.hosts import deltas_for
+from lightning_peft.deltas.low_rank import Site, fresh
+from lightning_peft.deltas.sites import Kernel, Table
 from lightning_peft.structure.anatomy import is_linear
 
 _SHARED: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()

@@ -19,16 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import (
-    Product,
-    Site,
-    check_rank,
-    deltas_for,
-    find_hosts,
-    fresh,
-    fresh_factors,
-    is_whole,
-)
+from lightning_peft.deltas.hosts import deltas_for, find_hosts, is_whole
+from lightning_peft.deltas.low_rank import Product, Site, check_rank, fresh, fresh_factors
 from lightning_peft.errors import AdapterError, ConfigError
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns, Targets

@@ -16,16 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import (
-    Product,
-    Site,
-    check_rank,
-    deltas_for,
-    find_hosts,
-    fresh,
-    fresh_factors,
-    has_matrix,
-)
+from lightning_peft.deltas.hosts import deltas_for, find_hosts, has_matrix
+from lightning_peft.deltas.low_rank import Product, Site, check_rank, fresh, fresh_factors
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import changed_norm
 from lightning_peft.structure.targets import Patterns, Targets

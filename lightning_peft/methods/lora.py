@@ -13,16 +13,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import (
-    LowRank,
-    Product,
-    Site,
-    check_patterns,
-    check_rank,
-    deltas_for,
-    find_hosts,
-    first_match,
-)
+from lightning_peft.deltas.hosts import check_patterns, deltas_for, find_hosts, first_match
+from lightning_peft.deltas.low_rank import LowRank, Product, Site, check_rank
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns, Targets

@@ -19,16 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import (
-    Departure,
-    Product,
-    Site,
-    check_rank,
-    deltas_for,
-    find_hosts,
-    has_matrix,
-    values_of,
-)
+from lightning_peft.deltas.departure import Departure
+from lightning_peft.deltas.hosts import deltas_for, find_hosts, has_matrix
+from lightning_peft.deltas.low_rank import Product, Site, check_rank
+from lightning_peft.deltas.sites import values_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns, Targets

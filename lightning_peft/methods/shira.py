@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import Site, find_hosts
+from lightning_peft.deltas.hosts import find_hosts
+from lightning_peft.deltas.low_rank import Site
 from lightning_peft.deltas.weight_delta import DerivedDelta, shared, trained, weight_deltas
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method

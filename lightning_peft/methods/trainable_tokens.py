@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.deltas.low_rank import Table, site_of
+from lightning_peft.deltas.sites import Table, site_of
 from lightning_peft.deltas.weight_delta import DerivedDelta, input_of, own, shared, trained
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.method import Method

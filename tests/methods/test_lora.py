@@ -327,6 +327,7 @@ def test_adapters_add_up(build: Build) -> None:
     base = example.logits()
     one = inject(example.model, LoRA(targets="head"), "one", head=False)
     two = inject(example.model, LoRA(targets="head", r=2), "two", head=False)
+    one.activate()
     randomise(one)
     randomise(two)
     both = example.logits()

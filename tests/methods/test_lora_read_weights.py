@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, inject
 from lightning_peft.delta import SLOT
-from lightning_peft.deltas.low_rank import Parts
+from lightning_peft.deltas.hosts import Parts
 
 Build = Callable[[str], Any]
 

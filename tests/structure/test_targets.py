@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from lightning_peft import LoRA, Targets, inject
-from lightning_peft.deltas.low_rank import can_adapt
+from lightning_peft.deltas.hosts import can_adapt
 from lightning_peft.errors import TargetError
 from lightning_peft.structure.anatomy import is_linear
 from lightning_peft.structure.targets import all_linear, matches, trained_in_place

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.deltas.low_rank import Departure
+from lightning_peft.deltas.departure import Departure
 from lightning_peft.files.peft.lora import common_settings, lora_config
 from lightning_peft.files.peft.low_rank import Place, adapted_hosts, as_peft, entries_of, places
 from lightning_peft.files.peft.settings import Settings

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.deltas.low_rank import Kernel
+from lightning_peft.deltas.sites import Kernel
 from lightning_peft.files.peft.lora import common_settings, lora_config
 from lightning_peft.files.peft.low_rank import Place, adapted_hosts, entries_of, places
 from lightning_peft.files.peft.settings import Settings

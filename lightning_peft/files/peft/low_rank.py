@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.deltas.low_rank import Parts, Product, Site, Table
+from lightning_peft.deltas.hosts import Parts
+from lightning_peft.deltas.low_rank import Product, Site
+from lightning_peft.deltas.sites import Table
 from lightning_peft.files.peft import names
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import (
