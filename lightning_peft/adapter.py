@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from lightning_peft.delta import (
 )
 from lightning_peft.errors import AdapterError
 from lightning_peft.fingerprint import fingerprint
-from lightning_peft.folding import fold_all
+from lightning_peft.folding import Opened, fold_all
 from lightning_peft.in_place import InPlace
 from lightning_peft.optimizers import parameter_groups
 from lightning_peft.registry import (
@@ -275,9 +275,14 @@ class Adapter:
         self._own.exchange(self._own.originals or {})
         return self._take_out()
 
-    def forget(self) -> nn.Module:
-        """Take the deltas out and return the model; what was trained in place stays as it is."""
+    def forget(self, *, hand_back: bool = True) -> nn.Module:
+        """Take the deltas out and return the model; what was trained in place stays as it is.
+
+        Args:
+            hand_back: whether those that acted before it act again.
+        """
         self._require_enabled("forget()")
+        self._found = self._found if hand_back else {}
         return self._take_out()
 
     def merge(self) -> nn.Module:
@@ -290,10 +295,13 @@ class Adapter:
             NotMergeable: a delta cannot be folded in, or the weight is shared with another module.
         """
         self.fold()
-        return self.forget()
+        return self.forget(hand_back=False)  # the model goes on to compute what it computed
 
-    def fold(self) -> list[tuple[Tensor, Tensor]]:
+    def fold(self, opened: Opened = nullcontext) -> list[tuple[Tensor, Tensor]]:
         """Fold the deltas into the model's weights, with the deltas still there.
+
+        Args:
+            opened: makes a context that is entered around each host while it is folded into.
 
         Returns:
             The tensors of their hosts, and what was in them before.
@@ -303,7 +311,7 @@ class Adapter:
         """
         self._require_enabled("merge()")
         parked = [(name, modules_of(self.model)[name], d) for name, d in self._own.deltas().items()]
-        return fold_all(self.model, self.deltas, parked)
+        return fold_all(self.model, self.deltas, parked, opened)
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter to `folder` as safetensors with a readable configuration."""

@@ -1,7 +1,9 @@
 """Writing the change of an adapter into the weights of its model, all or nothing."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -9,10 +11,12 @@ from lightning_peft.delta import Delta, NotMergeable, slot_of
 from lightning_peft.scaling import fold
 
 Hosted = tuple[str, nn.Module, Delta]
+Opened = Callable[[nn.Module], AbstractContextManager[Any]]
+"""Makes a context within which a module's weights can be written."""
 
 
 def fold_all(
-    model: nn.Module, deltas: Sequence[Hosted], parked: Sequence[Hosted]
+    model: nn.Module, deltas: Sequence[Hosted], parked: Sequence[Hosted], opened: Opened
 ) -> list[tuple[Tensor, Tensor]]:
     """Fold deltas into the weights of their hosts.
 
@@ -20,6 +24,7 @@ def fold_all(
         model: which holds the hosts.
         deltas: of the methods.
         parked: what stands in for the model's own tensors.
+        opened: is entered around each host while it is folded into.
 
     Returns:
         The tensors of the hosts, and what was in them before.
@@ -32,7 +37,8 @@ def fold_all(
         _refuse_shared(model, deltas)
         _refuse_mixed(deltas)
         for _, host, delta in (*parked, *deltas):
-            fold(delta, host)
+            with opened(host):
+                fold(delta, host)
     except Exception:
         for tensor, data in before:
             tensor.data = data
@@ -56,7 +62,8 @@ def _refuse_shared(model: nn.Module, deltas: Sequence[Hosted]) -> None:
 def _refuse_mixed(deltas: Sequence[Hosted]) -> None:
     # Folded one after another, changes that build on each other would give something else.
     for name, host, delta in deltas:
-        others = [other for other in slot_of(host).running if other is not delta]
+        every = [cast(Delta, other) for other in slot_of(host).values()]
+        others = [other for other in every if other.active and other is not delta]
         if others and not all(d.additive for d in (delta, *others)):
             raise NotMergeable(
                 f"`{name}` is changed by {type(delta).__name__} and by "
