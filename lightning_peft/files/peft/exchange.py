@@ -18,6 +18,8 @@ from lightning_peft.structure.anatomy import under
 VERSION = "0.21.2"
 """The version of peft whose format this is."""
 
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -74,12 +76,13 @@ class Spelled:
         return [e.ours for e in self.entries if e.ours is not None and not e.exact]
 
 
-def spell(adapter: Adapter, part: str | None = None) -> Spelled:
+def spell(adapter: Adapter, part: str | None = None, check: bool = True) -> Spelled:
     """Return an adapter, or one part of a combination, in peft's format.
 
     Args:
         adapter: which is present and enabled.
         part: the kind of the method to write; None where the adapter has one.
+        check: whether to find out, where only running the model tells, if peft computes the same.
 
     Raises:
         Inexpressible: peft cannot hold it; the message says why.
@@ -89,6 +92,8 @@ def spell(adapter: Adapter, part: str | None = None) -> Spelled:
     if spelling is None:
         raise Inexpressible(f"peft has no counterpart of {type(one.method).__name__}.")
     own, entries = spelling.config(one), spelling.entries(one)
+    if check:
+        spelling.check(one)
     trained = _in_place(one)
     covered = [e.ours for e in entries if e.ours in trained]
     modules = in_place.saved_modules(adapter.model, trained, covered, one.deltas)
@@ -164,9 +169,9 @@ def unspell(entries: Sequence[Entry], tensors: State) -> dict[str, Tensor]:
     Raises:
         AdapterError: one is missing, unexpected, or cannot be what it should be.
     """
-    known = {entry.theirs: entry for entry in entries}
+    known = {entry.theirs: entry.optional for entry in entries}
     extra = sorted(tensors.keys() - known.keys())
-    missing = sorted(k for k, e in known.items() if k not in tensors and not e.optional)
+    missing = sorted(k for k, optional in known.items() if k not in tensors and not optional)
     if extra:
         raise AdapterError(
             f"`{extra[0]}` is unexpected ({len(extra)} in all).{near_misses(extra[0], missing)}"
@@ -174,23 +179,23 @@ def unspell(entries: Sequence[Entry], tensors: State) -> dict[str, Tensor]:
     if missing:
         raise AdapterError(f"`{missing[0]}` is missing ({len(missing)} in all).")
     state = {}
-    for key, tensor in tensors.items():
-        entry = known[key]
-        if entry.ours is None:
-            entry.read(tensor)
-        else:
-            state[entry.ours] = entry.read(_plain(key, tensor)).contiguous()
+    for entry in (e for e in entries if e.theirs in tensors):  # several may share one of theirs
+        key, tensor = entry.theirs, tensors[entry.theirs]
+        own = entry.read(tensor)
+        if entry.ours is not None:
+            state[entry.ours] = _like(key, tensor, own).contiguous()
     return state
 
 
-def _plain(key: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+def _like(key: str, tensor: Tensor, own: Tensor) -> Tensor:
+    """Return what was read of a tensor, if that was a plain number where ours are."""
+    if own.is_floating_point() and tensor.dtype not in _PLAIN:
         raise AdapterError(
             f"`{key}` must be of a floating-point type, but is {tensor.dtype} instead."
         )
     if not tensor.isfinite().all():
         raise AdapterError(f"`{key}` holds NaN or infinite values.")
-    return tensor
+    return own
 
 
 def _method(adapter: Adapter, part: str | None) -> Method:

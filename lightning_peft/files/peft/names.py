@@ -80,7 +80,7 @@ def target_hosts(settings: Settings, model: nn.Module) -> list[str]:
     names = module_names(model)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = _all_linear(model, settings.peek("task_type"))
-    hosts = [n for n in names if _meant(targets, n) and not _meant(excluded, n)]
+    hosts = [n for n in names if meant(targets, n) and not meant(excluded, n)]
     hosts = [n for n in hosts if not any(_within(str(m), n) for m in saved)]
     if indices is not None and isinstance(targets, list):
         hosts = [n for n in hosts if _layer_of(n, within) in indices]
@@ -97,10 +97,12 @@ def _layers(settings: Settings) -> tuple[set[int] | None, list[str]]:
     return set(indices) if indices else None, [within] if isinstance(within, str) else within
 
 
-def _meant(patterns: Any, name: str) -> bool:
+def meant(patterns: Any, name: str, loose: bool = False) -> bool:
+    """Whether a text or a list of peft's means a name; a `loose` list, whatever ends so."""
     if isinstance(patterns, str):
         return _expression(patterns).fullmatch(name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
+    dot = "" if loose else "."
+    return any(name == p or name.endswith(f"{dot}{p}") for p in patterns)
 
 
 def _within(module: str, name: str) -> bool:

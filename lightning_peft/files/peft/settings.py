@@ -5,6 +5,7 @@ versions of peft write many features that are not used), or where it is known no
 is refused by name, since it may change what the adapter computes.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -68,6 +69,20 @@ class Settings:
     def ignore(self, *names: str) -> None:
         """Declare settings harmless: they change no output, given the others."""
         self._known.update(names)
+
+    def lose(self, *names: str) -> None:
+        """Declare settings that only act in training and that we lack; one that is on is told of.
+
+        The adapter computes what it did; trained on it would be without them.
+        """
+        self.ignore(*names)
+        for name in names:
+            if self.values.get(name):
+                warnings.warn(
+                    f"`{name}` = {self.values[name]} in `{self.where}` is not supported and will "
+                    "not act if the adapter is trained on.",
+                    stacklevel=2,
+                )
 
     def finish(self) -> None:
         """Refuse what nobody took and what is not off.

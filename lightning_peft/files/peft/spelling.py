@@ -104,6 +104,13 @@ class Spelling(ABC):
             Inexpressible: peft cannot compute what the method does with these settings.
         """
 
+    def check(self, part: Part) -> None:  # noqa: B027
+        """Refuse what peft would compute otherwise, where only running the model tells.
+
+        Raises:
+            Inexpressible: peft would compute something else.
+        """
+
     @abstractmethod
     def method(
         self, settings: Settings, keys: Sequence[str], model: nn.Module
