@@ -52,6 +52,8 @@ class _Product(NamedTuple):
     second: Tensor
     with_second: Callable[[Tensor, Tensor], Tensor]
     """The same product of other operands, the second one `(batch, heads, keys, d)`."""
+    order: tuple[int, ...]
+    """How the dimensions of the result are brought to `(..., queries, d)`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +133,7 @@ def _attended(host: Any, chain: _Chain, weighted: _Product | None, result: Tenso
 
     def base(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> Any:
         if (count := key.shape[-2] - present) == 0:
-            return result, None
+            return _by_tokens(result, weighted.order), None
         further = scores.product.with_second(scores.product.first, key[..., :count, :])
         share = _share(scores, further)
         kept = 1 - share.sum(-1, keepdim=True)
@@ -139,10 +141,23 @@ def _attended(host: Any, chain: _Chain, weighted: _Product | None, result: Tenso
             share, kept = step(share), step(kept) if step in chain.reshaped else kept
         one = value.new_ones(*value.shape[:-2], 1, value.shape[-1])
         own = result * weighted.with_second(kept.to(value.dtype), one)
-        return own + weighted.with_second(share.to(value.dtype), value[..., :count, :]), None
+        further = weighted.with_second(share.to(value.dtype), value[..., :count, :])
+        return _by_tokens(own + further, weighted.order), None
 
     inputs = (scores.product.first, scores.product.second, weighted.second)
-    return through_deltas(base, host)(host, *inputs, None, is_causal=False)[0]
+    output = through_deltas(base, host)(host, *inputs, None, is_causal=False)[0]
+    output = output.transpose(1, 2) if result.dim() == 4 else output.transpose(1, 2)[0]
+    return output.permute(_inverse(weighted.order))
+
+
+def _by_tokens(result: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return what a host computed as `(batch, tokens, heads, d_value)`."""
+    result = result.permute(order)
+    return (result if result.dim() == 4 else result[None]).transpose(1, 2)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _share(scores: _Chain, further: Tensor) -> Tensor:
@@ -253,7 +268,8 @@ def _as_product(
         return multiply(a, rows.transpose(-2, -1) if by_keys else rows)
 
     rows = second.transpose(-2, -1) if by_keys else second
-    return _Product(first, rows if rows.dim() == 4 else rows[None], with_second)
+    rows = rows if rows.dim() == 4 else rows[None]
+    return _Product(first, rows, with_second, tuple(range(max(first.dim(), second.dim()))))
 
 
 def _einsum(func: Any, args: Any, kwargs: dict[str, Any]) -> Callable[[bool], _Product | None]:
@@ -267,15 +283,19 @@ def _einsum(func: Any, args: Any, kwargs: dict[str, Any]) -> Callable[[bool], _P
             return None
         batch = [letter for letter in out if letter in a and letter in b]
         rows_then_columns = (*free, *summed) if by_keys else (*summed, *free)
-        order = [b.index(letter) for letter in (*batch, *rows_then_columns)]
-        back = sorted(range(len(order)), key=order.__getitem__)
+        order = tuple(b.index(letter) for letter in (*batch, *rows_then_columns))
+        queries = set(a) - set(b)
+        if len(queries) != 1:
+            return None
 
         def with_second(first: Tensor, rows: Tensor) -> Tensor:
             rows = rows if len(b) == 4 else rows[0]
-            return func(equation, first, rows.permute(back))
+            return func(equation, first, rows.permute(_inverse(order)))
 
         rows = operands[1].permute(order)
-        return _Product(operands[0], rows if rows.dim() == 4 else rows[None], with_second)
+        rows = rows if rows.dim() == 4 else rows[None]
+        by_tokens = tuple(out.index(letter) for letter in (*batch, *queries, *free))
+        return _Product(operands[0], rows, with_second, by_tokens)
 
     return product
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
-from lightning_peft.errors import ConfigError
+from lightning_peft.deltas.passing import new_key, show, shown
+from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.ops.bottleneck import Gating, gate
 from lightning_peft.ops.prefix import attend_to_prefix
 from lightning_peft.structure.probe import Attention, probe
 from lightning_peft.structure.targets import Patterns, Targets, as_targets
@@ -30,6 +32,11 @@ class FurtherKeys(Delta, ABC):
     def start_at(self, key: Tensor, value: Tensor) -> None:
         """Make `learned` return these to begin with."""
 
+    def dropped(self) -> tuple[Tensor, Tensor]:
+        """Return what is learned, with dropout in training."""
+        key, value = self.learned()
+        return (self.dropout(key), self.dropout(value)) if self.dropout else (key, value)
+
     def attend(
         self,
         host: nn.Module,
@@ -41,13 +48,7 @@ class FurtherKeys(Delta, ABC):
         **kwargs: Any,
     ) -> Any:
         """Return the attention over the learned keys and values and the host's own."""
-        k, v = self.learned()
-        # A second attention of the host, narrower than its main one, is left as it is.
-        if k.shape[-1] != key.shape[-1]:
-            return base(host, query, key, value, mask, **kwargs)
-        if self.dropout:
-            k, v = self.dropout(k), self.dropout(v)
-        return attend_to_prefix(k, v, host, base, query, key, value, mask, **kwargs)
+        return attend_to_prefix(*self.dropped(), host, base, query, key, value, mask, **kwargs)
 
 
 class LearnedKeys(FurtherKeys):
@@ -76,6 +77,77 @@ class LearnedKeys(FurtherKeys):
         with torch.no_grad():
             self.key.copy_(key)
             self.value.copy_(value)
+
+
+class GatedKeys(Delta):
+    """Learned keys and values behind a gate, which is made from what the host receives.
+
+    Per token the gate g scales the share λ of the attention that the keys P take:
+
+        y = (1 - g λ) softmax(q kᵀ) v + g λ softmax(q P_kᵀ) P_v
+
+    Per sequence it multiplies P_k and P_v themselves, as the authors' code has it.
+
+    Shapes: `gate` `(1, d_model)`, `gate_bias` `(1,)`.
+    """
+
+    def __init__(self, keys: FurtherKeys, seen: Attention, per: Gating) -> None:
+        super().__init__()
+        self.keys, self.per, self.passing = keys, per, new_key()
+        self.tokens_first = seen.tokens_first
+        self.gate = nn.Parameter(fresh(seen.key, 1, seen.input_width))
+        self.gate_bias = nn.Parameter(fresh(seen.key, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The gate is half open, a little more or less by the token."""
+        nn.init.normal_(self.gate, std=0.02)
+        nn.init.zeros_(self.gate_bias)
+
+    def before(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Leave the inputs as they are and note the first, which makes the gate."""
+        show(self.passing, args, kwargs)
+        return args, kwargs
+
+    def attend(
+        self,
+        host: nn.Module,
+        base: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the attention over the host's own keys and values and the gated ones."""
+        x = self._states(shown(self.passing))
+        opened = gate(x, self.gate, self.gate_bias, self.per).unsqueeze(-1)
+        k, v = self.keys.dropped()
+        if self.per == "sequence":  # (batch, 1, 1, 1)
+            return attend_to_prefix(
+                k * opened, v * opened, host, base, query, key, value, mask, **kwargs
+            )
+        own = base(host, query, key, value, mask, **kwargs)[0]
+        y, *rest = attend_to_prefix(k, v, host, base, query, key, value, mask, **kwargs)
+        return torch.lerp(own, y, _for_each_head(opened, own).to(y.dtype)), *rest
+
+    def _states(self, x: Tensor) -> Tensor:
+        """Return what the host received as `(batch, tokens, d_model)`."""
+        if x.is_nested:  # which the host pads too
+            return x.to_padded_tensor(0.0)
+        if x.dim() == 2:
+            return x[None]
+        return x.transpose(0, 1) if self.tokens_first else x.flatten(1, -2)
+
+
+def _for_each_head(opened: Tensor, output: Tensor) -> Tensor:
+    """Return a gate `(batch, tokens, 1, 1)` as an `output` takes it, which may fold the batch."""
+    if len(opened) == len(output):
+        return opened
+    rows = opened.squeeze(-1).permute(2, 1, 0)  # (1, tokens, batch)
+    return rows.repeat_interleave(output.shape[2] // len(opened), 2).unsqueeze(-1)
 
 
 def chosen(
@@ -113,6 +185,20 @@ def check(tokens: int, dropout: float, ids: Sequence[int]) -> None:
             f"`start_ids` must hold as many ids as there are `tokens`, {tokens}, but holds "
             f"{len(ids)} instead."
         )
+
+
+def require_inputs(seen: Mapping[str, Attention]) -> None:
+    """Refuse attention modules whose inputs a gate for each token cannot be made from.
+
+    Raises:
+        TargetError: one does not receive one state for each query.
+    """
+    for name, attention in seen.items():
+        if not attention.input_width:
+            raise TargetError(
+                f"`{name}` does not receive one state for each of its queries, from which a gate "
+                "could be made: set `gating` to None, or give other `targets`."
+            )
 
 
 def start_at_tokens(

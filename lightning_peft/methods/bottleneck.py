@@ -12,8 +12,6 @@ https://arxiv.org/abs/2110.07577).
 """
 
 import math
-import secrets
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -23,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.passing import first_input, new_key, show, shown
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
-from lightning_peft.ops.bottleneck import ACTIVATIONS, bottleneck, gate
+from lightning_peft.ops.bottleneck import ACTIVATIONS, Gating, bottleneck, check_gating, gated
 from lightning_peft.structure import sublayers
 from lightning_peft.structure.anatomy import is_linear, layers
 from lightning_peft.structure.sublayers import CONVOLUTIONS, SubLayer
@@ -33,9 +32,6 @@ from lightning_peft.structure.targets import Patterns, Targets
 
 _NARROWEST = 8
 """Fewer units may all be dead at the start, and then never learn."""
-
-_passing = threading.local()
-"""What a `Tap` saw of the call that is running in this thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ class BottleneckAdapter(Method):
     layer_norm: bool = False
     """Normalise what the bottleneck receives, with a trained LayerNorm."""
 
-    gating: Literal["token", "sequence"] | None = None
+    gating: Gating | None = None
     """Scale the change by a trained gate, for each token or averaged over the sequence."""
 
     leave_out: int = 0
@@ -109,10 +105,7 @@ class BottleneckAdapter(Method):
             raise ConfigError(
                 f'`scaling` must be a number or "learned", but is {self.scaling!r} instead.'
             )
-        if self.gating not in (None, "token", "sequence"):
-            raise ConfigError(
-                f"`gating` must be token, sequence or None, but is {self.gating!r} instead."
-            )
+        check_gating(self.gating)
         if self.leave_out < 0:
             raise ConfigError(f"`leave_out` must not be negative, but is {self.leave_out} instead.")
         if self.targets is not None and (self.placement != "pfeiffer" or self.leave_out):
@@ -223,10 +216,8 @@ class Bottleneck(Delta):
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.tapped is None:
-            return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-        x: Tensor | None = getattr(_passing, self.tapped, None)
-        setattr(_passing, self.tapped, None)
-        return x
+            return first_input(args, kwargs)
+        return cast(Tensor | None, shown(self.tapped))
 
     def _add(self, h: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:
@@ -245,27 +236,24 @@ class Bottleneck(Delta):
             change = change * settings.scaling
         change = F.dropout(change, settings.dropout, self.training)
         if settings.gating:
-            change = change * gate(x, self.gate, self.gate_bias, settings.gating)
+            change = gated(change, x, self.gate, self.gate_bias, settings.gating)
         if settings.layer_drop and self.training:
             change = change * (torch.rand(1, device=x.device) >= settings.layer_drop)
         return change
 
 
 class Tap(Delta):
-    """Shows what a module receives to the parallel adapter at the end of the same sub-layer.
-
-    It is handed over within one call of the layer, for each thread by itself, and not kept.
-    """
+    """Shows what a module receives to the parallel adapter at the end of the same sub-layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.key = secrets.token_hex(8)
+        self.key = new_key()
 
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Leave the inputs as they are and note the first."""
-        setattr(_passing, self.key, args[0] if args else next(iter(kwargs.values())))
+        show(self.key, args, kwargs)
         return args, kwargs
 
 

@@ -10,7 +10,8 @@ makes them learn more steadily:
     [P_k; P_v] = W₂ tanh(W₁ E + c₁) + c₂,    E ∈ R^(n × d_model), W₁ ∈ R^(b × d_model)
 
 E, W₁ and c₁ are shared by all attention modules of a kind (encoder, decoder, cross), as in the
-paper; W₂ and c₂ are each module's own.
+paper; W₂ and c₂ are each module's own. A gate scales what the prefix does (UniPELT, Mao et al.
+2022, https://arxiv.org/abs/2110.07577).
 """
 
 import itertools
@@ -26,14 +27,17 @@ from torch import Tensor, nn
 from lightning_peft.delta import CONTAINERS, Delta
 from lightning_peft.deltas.learned_keys import (
     FurtherKeys,
+    GatedKeys,
     LearnedKeys,
     check,
     chosen,
     fresh,
+    require_inputs,
     start_at_tokens,
 )
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
+from lightning_peft.ops.bottleneck import Gating, check_gating
 from lightning_peft.structure.probe import Attention
 from lightning_peft.structure.targets import Patterns, Targets
 
@@ -61,6 +65,9 @@ class PrefixTuning(Method):
     start_ids: Sequence[int] = ()
     """Ids of as many tokens, whose keys and values are the start; empty starts at random."""
 
+    gating: Gating | None = None
+    """Scale its share of the attention by a trained gate, for each token or by the sequence."""
+
     targets: Targets | Patterns | None = None
     """Which attention modules: None (all that the model runs) or patterns."""
 
@@ -69,6 +76,7 @@ class PrefixTuning(Method):
 
     def __post_init__(self) -> None:
         check(self.tokens, self.dropout, self.start_ids)
+        check_gating(self.gating)
         if self.bottleneck is not None and self.bottleneck < 1:
             raise ConfigError(
                 f"`bottleneck` must be at least 1, or None, but is {self.bottleneck} instead."
@@ -81,9 +89,18 @@ class PrefixTuning(Method):
         made = {name: self._delta(s, trunks.get(_kind(name))) for name, s in seen.items()}
         if self.start_ids:
             start_at_tokens(made, seen, self.tokens)
-        if not trunks:
+        above: dict[str, Delta] = {}
+        if trunks:
+            above = {_above(model, list(made)): Trunks(list(trunks.values()))}
+        return above | self._gated(made, seen)
+
+    def _gated(
+        self, made: Mapping[str, FurtherKeys], seen: Mapping[str, Attention]
+    ) -> dict[str, Delta]:
+        if self.gating is None:
             return {**made}
-        return {_above(model, list(made)): Trunks(list(trunks.values())), **made}
+        require_inputs(seen)
+        return {name: GatedKeys(keys, seen[name], self.gating) for name, keys in made.items()}
 
     def _trunks(self, seen: Mapping[str, Attention], bottleneck: int) -> "dict[str, Trunk]":
         trunks: dict[str, Trunk] = {}

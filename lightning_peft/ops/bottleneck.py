@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_peft.errors import ConfigError
+
 Activation = Callable[[Tensor], Tensor]
 Gating = Literal["token", "sequence"]
 
@@ -20,6 +22,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": torch.Tensor.contiguous,
 }
 """The functions that a setting `activation` names."""
+
+
+def check_gating(gating: Gating | None) -> None:
+    """Refuse what is no kind of gate.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if gating not in (None, "token", "sequence"):
+        raise ConfigError(f"`gating` must be token, sequence or None, but is {gating!r} instead.")
 
 
 def bottleneck(
@@ -52,10 +64,23 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor, per: Gating) -> Tensor:
         x: `(..., tokens, width)`.
         weight: `(1, width)`.
         bias: `(1,)`.
-        per: one gate for each token, or their mean over the sequence as the paper's code has it.
+        per: one gate for each token, or their mean over the sequence as the paper's code has it;
+            what comes as one list of tokens, `(tokens, width)`, has no sequences.
 
     Returns:
         `(..., tokens, 1)`, or `(..., 1, 1)` per sequence.
     """
     opened = torch.sigmoid(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)))
-    return opened if per == "token" else opened.mean(dim=-2, keepdim=True)
+    return opened if per == "token" or x.dim() < 3 else opened.mean(dim=-2, keepdim=True)
+
+
+def gated(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor, per: Gating) -> Tensor:
+    """Return a `change`, `(..., tokens, d)`, times the `gate` of `x`."""
+    if not x.is_nested:
+        return change * gate(x, weight, bias, per)
+    # What `nn.TransformerEncoder` makes of a padded batch in eval mode does not broadcast.
+    rows = [
+        gated(c[None], row[None], weight, bias, per)[0]
+        for c, row in zip(change.unbind(), x.unbind(), strict=True)
+    ]
+    return torch.nested.as_nested_tensor(rows)

@@ -24,6 +24,7 @@ def attend_to_prefix(
     Masks and position biases are extended, by True, 1 or 0, so that padding, causality and packed
     sequences stay what they are. A causal attention without a mask counts from the corner, so there
     the queries get as many dummies in front, whose rows are thrown away: no mask is ever built.
+    A second attention of a host, narrower than its main one, is left as it is.
 
     Args:
         further_key: `(key_heads, n, d_head)`, or `(batch, key_heads, n, d_head)`.
@@ -36,6 +37,8 @@ def attend_to_prefix(
         mask: boolean, additive or None.
         kwargs: what else `base` takes.
     """
+    if further_key.shape[-1] != key.shape[-1]:
+        return base(host, query, key, value, mask, **kwargs)
     count = further_key.shape[-2]
     key = torch.cat([_spread(further_key, key), key], 2)
     value = torch.cat([_spread(further_value, value), value], 2)
@@ -69,6 +72,8 @@ def _spread(further: Tensor, like: Tensor) -> Tensor:
     Where an attention folds its batch into the heads, the heads repeat for each row.
     """
     further = further.to(like.dtype)
+    if further.dim() == 4 and len(further) != len(like):
+        further = further.flatten(0, 1)
     times = like.shape[1] // further.shape[-3]
     if times > 1:
         further = torch.cat([further] * times, -3)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Attending, Delta, attach, detach
 from lightning_peft.deltas.attention import uses_interface
+from lightning_peft.deltas.passing import first_input
 from lightning_peft.errors import TargetError
 from lightning_peft.structure.anatomy import Named, base_modules, is_transformers, under
 
@@ -47,11 +48,22 @@ class Attention:
     value_spread: float
     """The root mean square of the values."""
 
+    input_width: int = 0
+    """The width of what the module receives, 0 where that is not one state for each query."""
+
+    tokens_first: bool = False
+    """Whether it receives `(tokens, batch, d_model)` instead of `(batch, tokens, d_model)`."""
+
 
 class _Recorder(Delta):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Attention | None = None
+        self.received = torch.empty(0)
+
+    def note(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the first input; by a hook of its own, which leaves no trace on a host."""
+        self.received = first_input(args, kwargs)
 
     def attend(
         self,
@@ -64,11 +76,25 @@ class _Recorder(Delta):
         **kwargs: Any,
     ) -> Any:
         """Write down what comes in, and change nothing."""
+        output = base(host, query, key, value, mask, **kwargs)
         width = query.shape[1] * query.shape[-1]
         if self.seen is None or width >= self.seen.width:  # LiLT attends twice, to text and layout
             k, v = key[0].detach(), value[0].detach()
-            self.seen = Attention(width, k, v, _spread(k), _spread(v))
-        return base(host, query, key, value, mask, **kwargs)
+            inputs = _inputs_by_query(self.received, output[0])
+            self.seen = Attention(width, k, v, _spread(k), _spread(v), *inputs)
+        return output
+
+
+def _inputs_by_query(x: Any, output: Tensor) -> tuple[int, bool]:
+    """Return the width of an input that has a state for each query, and how it is laid out."""
+    rows, queries = output.shape[:2]
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        return 0, False
+    folded = rows == 1 < x.shape[0]
+    if x.shape[1:-1].numel() == queries and (x.shape[0] == rows or folded):
+        return x.shape[-1], False
+    tokens_first = x.dim() == 3 and x.shape[0] == queries and x.shape[1] == rows
+    return (x.shape[-1], True) if tokens_first else (0, False)
 
 
 def probe(model: nn.Module, ids: Sequence[int] = ()) -> dict[str, Attention]:
@@ -101,8 +127,9 @@ def _of_torch(module: nn.MultiheadAttention) -> Attention:
     else:
         weights = module.in_proj_weight.chunk(3)[1:]
     # Of inputs with unit variance, as a normalisation gives them.
-    spreads = [_spread(weight) * weight.shape[1] ** 0.5 for weight in weights]
-    return Attention(module.embed_dim, none, none, *spreads)
+    k, v = (_spread(weight) * weight.shape[1] ** 0.5 for weight in weights)
+    width = module.embed_dim
+    return Attention(width, none, none, k, v, width, not module.batch_first)
 
 
 def _spread(x: Tensor) -> float:
@@ -166,12 +193,16 @@ def _asks(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _attached(hosts: dict[str, nn.Module], recorders: dict[str, _Recorder]) -> Iterator[None]:
+    hooks = []
     try:
         for name, host in hosts.items():
             recorders[name].seen = None
             attach(host, _NAME, recorders[name])
+            hooks.append(host.register_forward_pre_hook(recorders[name].note, with_kwargs=True))
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for host in reversed(hosts.values()):
             detach(host, _NAME)
 
