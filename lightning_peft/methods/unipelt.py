@@ -12,12 +12,12 @@ padding. `conf/method/unipelt.yaml` is the whole recipe.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.low_rank import check_rank, fresh
@@ -78,23 +78,14 @@ class GatedLowRank(Delta):
     `gate_bias` `(1,)`, output `(..., out)`.
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
-    gate: Tensor
-    gate_bias: Tensor
-
     def __init__(self, host: nn.Module, settings: GatedLoRA) -> None:
         super().__init__()
         into, out = fan(host)
-        shapes: Mapping[str, tuple[int, ...]] = {
-            "lora_A": (settings.r, into),
-            "lora_B": (out, settings.r),
-            "gate": (1, into),
-            "gate_bias": (1,),
-        }
         like = next(host.parameters())
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(fresh(like, shape)))
+        self.lora_A = nn.Parameter(fresh(like, (settings.r, into)))
+        self.lora_B = nn.Parameter(fresh(like, (out, settings.r)))
+        self.gate = nn.Parameter(fresh(like, (1, into)))
+        self.gate_bias = nn.Parameter(fresh(like, (1,)))
         self.settings = settings
         self.reset_parameters()
 
