@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import CONTAINERS, Delta
+from lightning_peft.deltas.cached_keys import CachedKeys, Caching, order_of
 from lightning_peft.deltas.learned_keys import (
     FurtherKeys,
     GatedKeys,
@@ -35,11 +36,14 @@ from lightning_peft.deltas.learned_keys import (
     require_inputs,
     start_at_tokens,
 )
+from lightning_peft.deltas.virtual_tokens import Layout
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 from lightning_peft.ops.bottleneck import Gating, check_gating
+from lightning_peft.structure.caches import caching
 from lightning_peft.structure.probe import Attention
 from lightning_peft.structure.targets import Patterns, Targets
+from lightning_peft.structure.words import check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,17 @@ class PrefixTuning(Method):
     layers: Sequence[int] | None = None
     """Indices of the layers to change (negative ones count from the top); None changes all."""
 
+    layout: Layout = "clean"
+    """Enter in attention, "clean", or by the cache, "peft", where positions move on by `tokens`."""
+
     def __post_init__(self) -> None:
         check(self.tokens, self.dropout, self.start_ids)
+        check_tokens(self.tokens, self.layout)
+        if self.layout == "peft" and (self.gating or self.targets or self.layers is not None):
+            raise ConfigError(
+                "`layout` must be 'clean' beside `gating`, `targets` or `layers`, but is 'peft' "
+                "instead: the cache that it fills belongs to all layers alike."
+            )
         check_gating(self.gating)
         if self.bottleneck is not None and self.bottleneck < 1:
             raise ConfigError(
@@ -84,6 +97,8 @@ class PrefixTuning(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a prefix for each attention module, and above them the part that they share."""
+        if self.layout == "peft":
+            return self._cached(caching(model, self.tokens, self.start_ids))
         seen = chosen(model, self.targets, self.layers, self.start_ids)
         trunks = {} if self.bottleneck is None else self._trunks(seen, self.bottleneck)
         made = {name: self._delta(s, trunks.get(_kind(name))) for name, s in seen.items()}
@@ -94,11 +109,21 @@ class PrefixTuning(Method):
             above = {_above(model, list(made)): Trunks(list(trunks.values()))}
         return above | self._gated(made, seen)
 
+    def _cached(self, host: Caching) -> dict[str, Delta]:
+        order = order_of(len(host.layers), host.crossing)
+        seen = {str(i): host.layers[order.index(i)] for i in sorted(set(order))}
+        trunks = {} if self.bottleneck is None else self._trunks(seen, self.bottleneck)
+        made = {name: self._delta(s, trunks.get(_kind(name))) for name, s in seen.items()}
+        if self.start_ids:
+            start_at_tokens(made, seen, self.tokens)
+        which = [list(made).index(str(i)) for i in order]
+        return {host.name: CachedKeys(host, list(made.values()), which, list(trunks.values()))}
+
     def _gated(
         self, made: Mapping[str, FurtherKeys], seen: Mapping[str, Attention]
-    ) -> dict[str, Delta]:
+    ) -> Mapping[str, Delta]:
         if self.gating is None:
-            return {**made}
+            return made
         require_inputs(seen)
         return {name: GatedKeys(keys, seen[name], self.gating) for name, keys in made.items()}
 

@@ -19,6 +19,7 @@ from lightning_peft.deltas.virtual_tokens import (
 )
 from lightning_peft.errors import TargetError
 from lightning_peft.structure import anatomy
+from lightning_peft.structure.probe import run, tensors_of, words_of
 
 _POSITIONS = re.compile(
     r"(abs(olute)?_)?(wpe|embed_positions|pos(ition(al)?)?s?_emb(ed(ding)?s?)?(_table)?)"
@@ -65,7 +66,7 @@ def virtual_deltas(
         arrange(virtual.ids),
         skip=int(reads_first and layout == "clean"),
         leave=decoder is None,
-        first=reads_first and layout == "peft",
+        first=reads_first and layout == "peft" and pools(model),
         room=_room(core, table, len(arrange(virtual.ids))),
     )
     found: dict[str, Delta] = {core.name: enter, _join(core.name, table): virtual}
@@ -74,12 +75,43 @@ def virtual_deltas(
     return found | ({decoder.name: Attended(decoder.arguments, len(enter.ids))} if decoder else {})
 
 
+def core_of(model: nn.Module) -> tuple[Candidate, Candidate | None]:
+    """Return the core, and the decoder that attends to what it gives, if there is one.
+
+    Raises:
+        TargetError: nothing in the model takes a text.
+    """
+    cores = _innermost(_candidates(model, "input_ids"))
+    if not cores:
+        raise TargetError(f"{type(model).__name__} does not take `input_ids`: it reads no text.")
+    return _split(model, cores)
+
+
+def room_of(core: Candidate, tokens: int) -> int | None:
+    """Return how many learned positions a core has; None where they go on for ever.
+
+    Raises:
+        TargetError: `tokens` alone take all of them.
+    """
+    return _room(core, _table(core), tokens)
+
+
 def is_causal(core: Candidate) -> bool:
     """Whether a token sees only those before it; what neither says so nor caches sees all."""
     if getattr(getattr(core.module, "config", None), "is_decoder", False) is True:
         return True
     said = [m.is_causal for m in core.module.modules() if hasattr(m, "is_causal")]
     return any(said) if said else bool({*CACHES} & {*core.arguments}) and _may_decode(core.module)
+
+
+def pools(model: nn.Module) -> bool:
+    """Whether a model gives something for a text as a whole, and not for each token."""
+    try:
+        words = words_of(model)
+        long, short = (tensors_of(run(model, ids))[0].shape for ids in (words, words[1:]))
+    except (AttributeError, TargetError):  # no model of transformers, or none that reads one text
+        return True
+    return long == short
 
 
 def _may_decode(module: nn.Module) -> bool:

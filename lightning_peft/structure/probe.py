@@ -81,7 +81,7 @@ class _Recorder(Delta):
         if self.seen is None or width >= self.seen.width:  # LiLT attends twice, to text and layout
             k, v = key[0].detach(), value[0].detach()
             inputs = _inputs_by_query(self.received, output[0])
-            self.seen = Attention(width, k, v, _spread(k), _spread(v), *inputs)
+            self.seen = Attention(width, k, v, spread(k), spread(v), *inputs)
         return output
 
 
@@ -127,12 +127,13 @@ def _of_torch(module: nn.MultiheadAttention) -> Attention:
     else:
         weights = module.in_proj_weight.chunk(3)[1:]
     # Of inputs with unit variance, as a normalisation gives them.
-    k, v = (_spread(weight) * weight.shape[1] ** 0.5 for weight in weights)
+    k, v = (spread(weight) * weight.shape[1] ** 0.5 for weight in weights)
     width = module.embed_dim
     return Attention(width, none, none, k, v, width, not module.batch_first)
 
 
-def _spread(x: Tensor) -> float:
+def spread(x: Tensor) -> float:
+    """Return the root mean square of a tensor."""
     # On the meta device there are no values: what a normalised layer typically gives.
     return 1.0 if x.is_meta or not x.numel() else x.detach().float().square().mean().sqrt().item()
 
@@ -148,23 +149,47 @@ def _pretrained(model: nn.Module) -> list[Named]:
     return found
 
 
+def run(
+    model: nn.Module,
+    ids: Sequence[int] = (),
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Any:
+    """Return what a pretrained model gives for a few tokens, in eval mode and without a graph.
+
+    Args:
+        model: a model of transformers; it is left as it was, and so are the random generators.
+        ids: the ids of the tokens, where the model takes tokens; empty takes some of its own.
+        around: makes a context for each attempt, of which the first that succeeds counts.
+
+    Raises:
+        TargetError: the model refuses all inputs that are tried.
+    """
+    error: Exception | None = None
+    for make in _inputs(model, ids):
+        with around(), untouched(model), _on_paper(model):
+            try:
+                return model(**make())
+            except Exception as raised:  # whatever the model's code raises on inputs it refuses
+                error = raised
+    raise TargetError(
+        f"{type(model).__name__} cannot be run on a few tokens, by which is found what it does "
+        f"with them: {type(error).__name__}: {error}"
+    ) from error
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in what a model gives, the logits or the states first."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [x for x in values if isinstance(x, Tensor)]
+
+
 def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
     hosts = dict(_candidates(model))
     recorders = {name: _Recorder() for name in hosts}
-    error: Exception | None = None
-    for make in _inputs(model, ids) if hosts else ():
-        with _attached(hosts, recorders), _untouched(model), _on_paper(model):
-            try:
-                model(**make())
-                break
-            except Exception as raised:  # whatever the model's code raises on inputs it refuses
-                error = raised
-    else:
-        if error is not None:
-            raise TargetError(
-                f"Where {type(model).__name__} attends is found by running it on a few tokens, "
-                f"which failed: {type(error).__name__}: {error}"
-            ) from error
+    if hosts:
+        run(model, ids, lambda: _attached(hosts, recorders))
     seen = {name: r.seen for name, r in recorders.items() if r.seen is not None}
     return {
         name: s
@@ -208,7 +233,7 @@ def _attached(hosts: dict[str, nn.Module], recorders: dict[str, _Recorder]) -> I
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Run without a graph, in eval mode, and leave modes, buffers and generators as they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()]
@@ -248,14 +273,17 @@ def _inputs(model: Any, ids: Sequence[int]) -> Iterator[Callable[[], dict[str, A
         yield make
 
 
-def _ids(model: Any, ids: Sequence[int]) -> Tensor:
+def words_of(model: Any) -> list[int]:
+    """Return ids of a short text for a model of transformers."""
     config = model.config.get_text_config()
-    if not ids:
-        # From the middle of the vocabulary, away from special tokens; some heads look for the end.
-        words, end = getattr(config, "vocab_size", 256), getattr(config, "eos_token_id", None)
-        last = end if isinstance(end, int) and end < words else words // 2
-        ids = [*(words // 2 + i % (words // 2) for i in range(TOKENS - 1)), last]
-    return torch.tensor([list(ids)], device=model.device)
+    # From the middle of the vocabulary, away from special tokens; some heads look for the end.
+    words, end = getattr(config, "vocab_size", 256), getattr(config, "eos_token_id", None)
+    last = end if isinstance(end, int) and end < words else words // 2
+    return [*(words // 2 + i % (words // 2) for i in range(TOKENS - 1)), last]
+
+
+def _ids(model: Any, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids or words_of(model))], device=model.device)
 
 
 def _pixels(model: Any, ids: Sequence[int]) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.files.peft.prompt import (
     arranged,
     before_the_text,
+    check_prompt,
     prompt_entries,
     prompt_of,
 )
@@ -42,6 +43,10 @@ class PTuningSpelling(Spelling):
             "encoder_num_layers": method.layers,
             "encoder_reparameterization_type": method.encoder.upper(),
         }
+
+    def check(self, part: Part) -> None:
+        """Compare peft's place of the prompt with ours."""
+        check_prompt(part)
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return prompt tuning with peft's layout, by which what was written is trained on."""

@@ -28,6 +28,7 @@ from lightning_peft.files.peft.spelling import (
 from lightning_peft.files.peft.tokens import (
     EMBEDDINGS,
     ROOT,
+    acting,
     common,
     deltas_of,
     read_tokens,
@@ -35,13 +36,12 @@ from lightning_peft.files.peft.tokens import (
     rehearsal,
     require_equal,
     short_text,
-    silenced,
 )
 from lightning_peft.method import Method
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.structure.probe import untouched
 
-_REMEDY = "train `PrefixTuning(layout='peft')` what shall go there."
+_REMEDY = "train `PrefixTuning(layout='peft')` for what shall go to peft."
 
 
 class Learned(NamedTuple):
@@ -67,13 +67,16 @@ class PrefixSpelling(Spelling):
                 f"peft has keys and values of one shape in all layers, here they are {shapes}."
             )
         ((heads, tokens, width),) = shapes
-        if not deltas_of(part, CachedKeys):
-            _require_equal(part, [pair.keys for pair in learned])
         parts = 2 if any(d.crossing for d in deltas_of(part, CachedKeys).values()) else 1
         return common(part, tokens, heads * width, heads, len(_by_layer(part)), parts) | {
             "encoder_hidden_size": None,
             "prefix_projection": False,
         }
+
+    def check(self, part: Part) -> None:
+        """Compare a prefix inside attention with one in the cache, as peft has it."""
+        if not deltas_of(part, CachedKeys):
+            _require_equal(part, [pair.keys for pair in _by_layer(part) if pair])
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return prefix-tuning with peft's layout; of a network its last output was kept."""
@@ -148,10 +151,12 @@ def _require_equal(part: Part, keys: Sequence[FurtherKeys]) -> None:
         raise Inexpressible(f"peft moves positions by the prefix, and `layout` is clean: {_REMEDY}")
     text, count = short_text(model), keys[0].learned()[0].shape[1]
     with rehearsal(model):
-        ours = model(**text)
-        with silenced(part), _through_the_cache(model, keys):
+        with acting(part, True):
+            ours = model(**text)
+        with acting(part, False), _through_the_cache(model, keys):
             theirs = model(**text)
-    require_equal(ours, theirs, 0, f"there positions count {count} learned keys; {_REMEDY}")
+    why = f"the positions of the text move on by {count} there; {_REMEDY}"
+    require_equal(part, ours, theirs, 0, why)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lightning_peft.files.peft.spelling import Entry, Inexpressible, Part, Spell
 from lightning_peft.files.peft.tokens import (
     EMBEDDINGS,
     ROOT,
+    acting,
     common,
     deltas_of,
     layers_of,
@@ -21,7 +22,6 @@ from lightning_peft.files.peft.tokens import (
     rehearsal,
     require_equal,
     short_text,
-    silenced,
     text_config,
 )
 from lightning_peft.method import Method
@@ -44,6 +44,10 @@ class PromptSpelling(Spelling):
             "tokenizer_kwargs": None,
             "tokenizer_name_or_path": None,
         }
+
+    def check(self, part: Part) -> None:
+        """Compare peft's place of the prompt with ours."""
+        check_prompt(part)
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return prompt tuning with peft's layout."""
@@ -81,10 +85,39 @@ def before_the_text(part: Part) -> dict[str, Any]:
     virtual = next(iter(deltas_of(part, Virtual).values()))
     if not enters:
         raise Inexpressible("peft puts virtual tokens among words only, and here are none.")
-    _require_equal(part, enters[0])
     heads = text_config(part.model, "num_attention_heads", "n_head", "num_heads")
     width = virtual.vectors().shape[1]
     return common(part, len(enters[0].ids), width, heads, layers_of(part.model))
+
+
+def check_prompt(part: Part) -> None:
+    """Refuse vectors before the text with which peft would compute something else.
+
+    Raises:
+        Inexpressible: it would.
+    """
+    model: Any = part.model
+    (enter,) = deltas_of(part, Enter).values()
+    if not rehearsable(model):
+        if enter.skip:
+            raise Inexpressible("peft puts a prompt before the first token, and `layout` is clean.")
+        return
+    ((host, virtual),) = deltas_of(part, Virtual).items()
+    text, tokens = short_text(model), len(enter.ids)
+    with rehearsal(model):
+        with acting(part, True):
+            ours = model(**text)
+        prompt = arranged(part, virtual.vectors())
+        with acting(part, False):
+            theirs = model(**_as_peft(part.host(host), text, prompt))
+    require_equal(
+        part,
+        ours,
+        theirs,
+        tokens,
+        "the prompt stands before the first token there, positions move on and heads may read it; "
+        "train with `layout='peft'` what shall go to peft.",
+    )
 
 
 def arranged(part: Part, vectors: Tensor) -> Tensor:
@@ -93,7 +126,7 @@ def arranged(part: Part, vectors: Tensor) -> Tensor:
     (enter,) = deltas_of(part, Enter).values()
     own = {id_: vectors[i] for i, id_ in enumerate(virtual.ids)}
     table = part.host(host)
-    with torch.no_grad(), silenced(part):
+    with torch.no_grad(), acting(part, False):
         words = {i: _embedded(table, i, vectors) for i in enter.ids if i not in own}
     return torch.stack([(own | words)[i] for i in enter.ids])
 
@@ -117,28 +150,6 @@ def _embedded(table: nn.Module, word: int, like: Tensor) -> Tensor:
     given = table(torch.tensor([word], device=next(table.parameters()).device))
     row: Tensor = (given[0] if isinstance(given, tuple) else given)[0]
     return row.to(like.device, like.dtype)
-
-
-def _require_equal(part: Part, enter: Enter) -> None:
-    model: Any = part.model
-    if not rehearsable(model):
-        if enter.skip:
-            raise Inexpressible("peft puts a prompt before the first token, and `layout` is clean.")
-        return
-    ((host, virtual),) = deltas_of(part, Virtual).items()
-    text, tokens = short_text(model), len(enter.ids)
-    with rehearsal(model):
-        ours = model(**text)
-        prompt = arranged(part, virtual.vectors())
-        with silenced(part):
-            theirs = model(**_as_peft(part.host(host), text, prompt))
-    require_equal(
-        ours,
-        theirs,
-        tokens,
-        "it puts the prompt before the first token, from which positions move on and where heads "
-        "read; train with `layout='peft'` what shall go there.",
-    )
 
 
 def _as_peft(table: nn.Module, text: dict[str, Tensor], prompt: Tensor) -> dict[str, Tensor]:

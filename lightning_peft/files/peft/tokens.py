@@ -6,15 +6,15 @@ does is found by doing both on a short text, and not by a list of architectures.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from lightning_peft.delta import Delta
-from lightning_peft.errors import CheckpointError
+from lightning_peft.delta import Delta, slot_of
+from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Inexpressible, Part
 from lightning_peft.structure import anatomy
@@ -151,6 +151,8 @@ def rehearsal(model: Any) -> Iterator[None]:
     try:
         with untouched(model), torch.compiler.set_stance("force_eager"):
             yield
+    except PEFTError:
+        raise
     except Exception as error:
         raise Inexpressible(
             f"Whether peft computes the same could not be found out, since "
@@ -159,22 +161,26 @@ def rehearsal(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def silenced(part: Part) -> Iterator[None]:
-    """Run without one method of an adapter in this context; all else stays as it is."""
-    active = [delta for delta in part.deltas.values() if delta.active]
-    with ExitStack() as stack:
-        for delta in active:
-            stack.callback(setattr, delta, "active", True)
-            delta.active = False
+def acting(part: Part, active: bool) -> Iterator[None]:
+    """Run in this context with one method of an adapter, or without; all else stays as it is."""
+    key = f"{part.adapter.name}_{part.method.kind}"
+    before = {host: delta.active for host, delta in part.deltas.items()}
+    try:
+        for host in before:
+            slot_of(part.host(host)).let_act(key, active)
         yield
+    finally:
+        for host, was in before.items():
+            slot_of(part.host(host)).let_act(key, was)
 
 
-def require_equal(ours: Any, theirs: Any, tokens: int, why: str) -> None:
+def require_equal(part: Part, ours: Any, theirs: Any, tokens: int, why: str) -> None:
     """Refuse where what a model gives differs from what it would give under peft.
 
     Args:
-        ours: what it gives with our adapter.
-        theirs: what it gives as peft runs it, where it may have `tokens` entries more in front.
+        part: the method.
+        ours: what the model gives with our adapter.
+        theirs: what it gives as peft runs it; there it may have `tokens` entries more in front.
         tokens: how many virtual tokens there are.
         why: the end of the refusal's sentence.
 
@@ -189,8 +195,8 @@ def require_equal(ours: Any, theirs: Any, tokens: int, why: str) -> None:
         difference = _difference(own, cut)
         if difference > _TOLERANCE.get(own.dtype, 1e-4):
             raise Inexpressible(
-                f"In peft {type(ours).__name__} would differ by {difference:.1%} on a short text: "
-                f"{why}"
+                f"In peft {type(part.model).__name__} would give something else, {difference:.1%} "
+                f"away on a short text: {why}"
             )
 
 
