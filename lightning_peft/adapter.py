@@ -47,7 +47,6 @@ class Adapter:
         model: the module that was injected.
         name: the adapter's name.
         methods: the methods, in order.
-        in_place: the names of the model's own parameters that it trains.
         active: whether it acts.
         trainable: whether its parameters require gradients.
     """
@@ -64,12 +63,12 @@ class Adapter:
         in_place: Sequence[str],
     ) -> None:
         self.model, self.name, self.methods = model, name, tuple(methods)
-        self.in_place = sorted({plain_name(name) for name in in_place})
-        self._check_name()
+        present = adapters_of(model)
+        self._check_name(present)
+        self._found = {a: a.trainable for a in present.values() if a.active}
         self._hosts: list[tuple[str, str]] = []
         self._slots: list[tuple[Slot, str]] = []
-        self._own = InPlace(model, name)
-        self._found = {a: a.trainable for a in adapters_of(model).values() if a.active}
+        self._own = InPlace(model, name, in_place)
         registry = registry_of(model)
         try:
             for other in self._found:
@@ -78,18 +77,23 @@ class Adapter:
             for host, key, delta in deltas:
                 self._slots.append((attach(model.get_submodule(host), key, delta), key))
                 self._hosts.append((plain_name(host), key))
-            self._own.take(self.in_place, all(method.keeps_original for method in methods))
+            if in_place:
+                self._own.take(keep=all(method.keeps_original for method in methods))
         except BaseException:
             self._take_out()
             raise
         registry[name] = self
-        self.requires_grad_()
         registry.hold_norms()
         tell_transformers(model)
 
     def __repr__(self) -> str:
         methods = ", ".join(repr(method) for method in self.methods)
         return f"Adapter({self.name!r}, [{methods}], {self.num_parameters:,} parameters)"
+
+    @property
+    def in_place(self) -> list[str]:
+        """The names of the model's own parameters that it trains, sorted."""
+        return self._own.names
 
     @property
     def deltas(self) -> list[tuple[str, nn.Module, Delta]]:
@@ -354,8 +358,7 @@ class Adapter:
         """Return the keys that the adapter adds to the model's state dict."""
         return {key for key in self.tensors() if SLOT in key.split(".")} | self._own.keys()
 
-    def _check_name(self) -> None:
-        present = adapters_of(self.model)
+    def _check_name(self, present: Mapping[str, "Adapter"]) -> None:
         if self.name in present:
             raise AdapterError(
                 f"The model already carries {present[self.name]!r}: call its `remove()` first, or "

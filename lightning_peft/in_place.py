@@ -5,7 +5,7 @@ is put aside, and pointers suffice to go back. Once another adapter takes their 
 (`Parked`) and act from there: any number of adapters can then train the same head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -50,6 +50,7 @@ class InPlace:
     Args:
         model: which carries the adapter.
         name: the adapter's name.
+        names: of the parameters, in any order.
     """
 
     parked = False
@@ -58,25 +59,27 @@ class InPlace:
     originals: Tensors | None
     """What the base has in their place; None when it was not kept."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, names: Iterable[str]) -> None:
         self.model, self.key = model, f"{name}_own"
-        self.names: list[str] = []
+        self.names = sorted({plain_name(name) for name in names})
         self.originals = {}
 
-    def take(self, names: Sequence[str], keep: bool) -> None:
-        """Train the parameters `names`, and keep the base's values to go back to.
+    def take(self, keep: bool) -> None:
+        """Train the parameters, and keep the base's values to go back to.
 
         Raises:
             AdapterError: a parameter cannot be trained.
         """
-        self.names = list(names)
-        found = {name: tensor.detach() for name, tensor in self._present().items()}
+        present = self._present()
+        found = {name: tensor.detach() for name, tensor in present.items()}
         for name in self.names:
             if not found[name].is_floating_point():
                 raise AdapterError(f"`{name}` is {found[name].dtype} and cannot be trained.")
         self.originals = found if keep else None
         if keep:
             self.exchange({name: tensor.clone() for name, tensor in found.items()})
+        for name in self.names:
+            cast(nn.Parameter, present[name]).requires_grad_(True)
 
     def tensors(self) -> Tensors:
         """Return the adapter's tensors, and buffers beside them, by the model's own names."""
