@@ -130,6 +130,7 @@ class Enter(Delta):
         leave: whether they leave at the core's output; a decoder attends to them otherwise.
         first: whether what was computed for the first of them stands for the first real token.
         room: how many positions the core's table has, if it has one.
+        causal: whether each token of the core sees only those before it.
     """
 
     scalable = False
@@ -143,10 +144,12 @@ class Enter(Delta):
         leave: bool = True,
         first: bool = False,
         room: int | None = None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.names, self.table, self.ids = tuple(names), table, tuple(ids)
         self.skip, self.leave, self.first, self.room = skip, leave, first, room
+        self.causal = causal
 
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -168,7 +171,7 @@ class Enter(Delta):
             self._check_room(given[key].shape[1], capacity)
             changes = self._entered(host, given, key, place)
         if mask is not None:
-            changes["attention_mask"] = _widened(mask, place, past or None, capacity)
+            changes["attention_mask"] = _widened(mask, place, past or None, capacity, self.causal)
         return args[len(self.names) :], given | changes
 
     def forward(
@@ -259,13 +262,10 @@ class Attended(Delta):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         states = given.get("encoder_hidden_states")
         key = next((k for k in _ENCODER_MASKS if given.get(k) is not None), "")
-        if states is None or not key or given[key].dim() != 2:
+        if states is None or not key or states.shape[1] < given[key].shape[-1] + self.tokens:
             return args, kwargs
-        mask = given[key]
-        if states.shape[1] < mask.shape[1] + self.tokens:
-            return args, kwargs
-        place = Place(_start(mask, 0), self.tokens)
-        return args[len(self.names) :], given | {key: place.open_mask(mask)}
+        place = Place(_start(given[key], 0), self.tokens)
+        return args[len(self.names) :], given | {key: place.open_keys(given[key])}
 
 
 class Placeless(Delta):
@@ -370,7 +370,7 @@ def _filling(name: str, value: Tensor, place: Place) -> Any:
     return place.at_start(value) if classes else 0
 
 
-def _widened(mask: Any, place: Place, past: Any, capacity: int) -> Any:
+def _widened(mask: Any, place: Place, past: Any, capacity: int, causal: bool) -> Any:
     """Return the mask, or the masks by the kind of layer, over the text and the tokens.
 
     Raises:
@@ -382,8 +382,8 @@ def _widened(mask: Any, place: Place, past: Any, capacity: int) -> Any:
                 "A prepared mask for a sliding window cannot be widened by virtual tokens: use a "
                 "dynamic cache, or pass the two-dimensional `attention_mask`."
             )
-        return {name: _widened(m, place, past, capacity) for name, m in mask.items()}
-    return None if mask is None else place.open_mask(mask, past, capacity)
+        return {name: _widened(m, place, past, capacity, causal) for name, m in mask.items()}
+    return None if mask is None else place.open_mask(mask, past, capacity, causal)
 
 
 class _Leaving(NamedTuple):

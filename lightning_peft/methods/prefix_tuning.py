@@ -107,7 +107,7 @@ class PrefixTuning(Method):
         above: dict[str, Delta] = {}
         if trunks:
             above = {_above(model, list(made)): Trunks(list(trunks.values()))}
-        return above | self._gated(made, seen)
+        return {**above, **self._gated(made, seen)}
 
     def _cached(self, host: Caching) -> dict[str, Delta]:
         order = order_of(len(host.layers), host.crossing)

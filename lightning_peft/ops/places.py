@@ -58,8 +58,16 @@ class Place(NamedTuple):
         wider = wider + self._index(wider, dim, batch).clamp(0, self.size)
         return wider if x.dim() > 1 else wider[0]
 
+    def open_keys(self, mask: Tensor) -> Tensor:
+        """Return a mask, as in `open_mask`, whose queries are not the text but see the tokens."""
+        return self.open(mask, _seen(mask), mask.dim() - 1)
+
     def open_mask(
-        self, mask: Tensor, past: Tensor | int | None = None, capacity: int = -1
+        self,
+        mask: Tensor,
+        past: Tensor | int | None = None,
+        capacity: int = -1,
+        causal: bool = True,
     ) -> Tensor:
         """Return a mask over the text and the tokens.
 
@@ -69,12 +77,13 @@ class Place(NamedTuple):
             past: the number of keys before the first query, where the tokens are among those; None
                 where they are among the queries.
             capacity: the number of keys of a static cache, all of which the mask covers.
+            causal: whether a token may see only those before it; else the tokens see what the
+                first token of text behind them sees.
         """
         per_query = mask.dim() > 2
-        seen = 0 if per_query and mask.is_floating_point() else 1
-        wider = self.open(mask, seen, mask.dim() - 1)
+        wider = self.open_keys(mask)
         if per_query and past is None:
-            wider = self.open(wider, self._among_themselves(wider, seen), mask.dim() - 2)
+            wider = self._open_queries(wider, causal)
         if per_query and capacity > 0:
             wider = wider[..., :capacity]
         if per_query and past is not None:  # it may have known of the tokens in the cache
@@ -92,14 +101,23 @@ class Place(NamedTuple):
         shape[batch] = -1
         return x.take_along_dim(self.start.clamp(max=last).view(shape), dim)
 
-    def _among_themselves(self, wider: Tensor, seen: int) -> Tensor:
+    def _open_queries(self, wider: Tensor, causal: bool) -> Tensor:
+        dim = wider.dim() - 2
+        if causal:
+            return self.open(wider, self._among_themselves(wider), dim)
+        if wider.shape[dim] == 1:  # one row for all queries, and so for the tokens
+            return wider
+        return self.open(wider, self.at_start(wider, dim), dim)
+
+    def _among_themselves(self, wider: Tensor) -> Tensor:
         """Return the rows of a mask for the tokens: each sees those up to itself."""
         keys, queries = wider.shape[-1], wider.shape[-2] + self.size
         at, key = (torch.arange(n, device=wider.device) for n in (queries, keys))
         start = self.start if isinstance(self.start, int) else self.start[..., None]
         causal = (key >= start) & (key <= at[:, None])
         shape = (-1, *[1] * (wider.dim() - 3), queries, keys)
-        return torch.where(causal, seen, _hidden(wider)).to(wider.dtype).view(shape)
+        seen, hidden = (wider.new_full((), x) for x in (_seen(wider), _hidden(wider)))
+        return torch.where(causal, seen, hidden).view(shape)
 
     def _index(self, x: Tensor, dim: int, batch: int) -> Tensor:
         """Return the index of each entry relative to `start`, shaped to broadcast to `x`."""
@@ -109,6 +127,11 @@ class Place(NamedTuple):
         if at.dim() > 1:
             shape[batch] = at.shape[0]
         return at.view(shape)
+
+
+def _seen(mask: Tensor) -> int:
+    """Return what stands in a mask where a key is seen: 0 where it is added to scores, else 1."""
+    return 0 if mask.dim() > 2 and mask.is_floating_point() else 1
 
 
 def _hidden(mask: Tensor) -> float | int:

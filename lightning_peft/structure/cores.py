@@ -59,7 +59,8 @@ def virtual_deltas(
     core, decoder = _split(model, cores)
     table = _table(core)
     virtual = make(core.module.get_submodule(table))
-    reads_first = decoder is None and not is_causal(core)
+    causal = decoder is None and is_causal(core)
+    reads_first = decoder is None and not causal
     enter = Enter(
         core.arguments,
         table,
@@ -68,6 +69,7 @@ def virtual_deltas(
         leave=decoder is None,
         first=reads_first and layout == "peft" and pools(model),
         room=_room(core, table, len(arrange(virtual.ids))),
+        causal=causal,
     )
     found: dict[str, Delta] = {core.name: enter, _join(core.name, table): virtual}
     for name, names in _further_readers(core, table):
