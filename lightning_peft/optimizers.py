@@ -61,22 +61,38 @@ def parameter_groups(
 
 
 def check_scales(configured: Any, adapter: "Adapter") -> None:
-    """Refuse a group whose parameters a method lets learn at different rates.
+    """Refuse optimizers that give one rate to what a method lets learn at different ones.
 
     Raises:
-        ConfigError: there is such a group.
+        ConfigError: such parameters share a group, or a scheduler has levelled their groups.
     """
     if not (scales := adapter.lr_scales):
         return
     named = {id(p): name for name, p in adapter.named_parameters().items()}
+    peaks: dict[str, float] = {}
     for group in (group for o in optimizers_in(configured) for group in o.param_groups):
         names = [named.get(id(p), "") for p in group["params"]]
-        faster = [name for name in names if name in scales]
         if len({scales.get(name, 1.0) for name in names}) > 1:
+            faster = next(name for name in names if name in scales)
             raise ConfigError(
-                f"`{faster[0]}` must learn {scales[faster[0]]:g} times as fast as others, but "
+                f"`{faster}` must learn {scales[faster]:g} times as fast as others, but "
                 "shares an optimizer's group with them: build the optimizer in "
                 "`configure_optimizers` from `self.peft_adapter.parameter_groups(lr=...)`."
+            )
+        peaks |= dict.fromkeys(names, group.get("max_lr", group.get("initial_lr", group["lr"])))
+    _refuse_levelled(scales, peaks)
+
+
+def _refuse_levelled(scales: Mapping[str, float], peaks: Mapping[str, float]) -> None:
+    siblings = {name.rpartition(".")[0]: name for name in peaks if name not in scales}
+    for name, scale in scales.items():
+        beside = siblings.get(name.rpartition(".")[0], "")
+        if beside and name in peaks and peaks[name] == peaks[beside]:
+            raise ConfigError(
+                f"`{name}` must learn {scale:g} times as fast as `{beside}`, but has the same "
+                f"rate, {peaks[name]:g}: a scheduler with one `max_lr` for all (OneCycleLR, "
+                "CyclicLR) needs a list, `max_lr=[group['lr'] for group in "
+                "optimizer.param_groups]`."
             )
 
 

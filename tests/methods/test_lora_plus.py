@@ -67,6 +67,31 @@ def test_a_users_module_that_cannot_hold_the_ratio_is_refused_with_the_remedy(
         trainer(tmp_path, PEFT(LoRAPlus(r=2))).fit(Module(), loader(), loader())
 
 
+class OneCycle(Module):
+    """A module of a user whose schedule has a peak of its own, for each group or for all."""
+
+    each = False
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.peft_adapter.parameter_groups(self.lr))
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, peaks if self.each else self.lr, total_steps=20
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_a_schedule_that_levels_the_rates_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    module = OneCycle(lr=0.01)
+    with pytest.raises(ConfigError, match=r"16 times as fast as .*lora_A.*max_lr=\[group\['lr'\]"):
+        trainer(tmp_path, PEFT(LoRAPlus(r=2))).fit(module, loader(), loader())
+    module = OneCycle(lr=0.01)
+    module.each = True
+    run = trainer(tmp_path, PEFT(LoRAPlus(r=2, ratio=4.0)))
+    run.fit(module, loader(), loader())
+    assert sorted({group["max_lr"] for group in run.optimizers[0].param_groups}) == [0.01, 0.04]
+
+
 def test_it_resumes_exactly(tmp_path: Path) -> None:
     def run(path: Path | None = None) -> Any:
         module = Grouped(lr=0.01)
