@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
     """Return tensors as the content of a safetensors file."""
     from safetensors.torch import save
 
-    return save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
+    owned = {name: t.contiguous() for name, t in tensors.items()}
+    counts = Counter(tensor.data_ptr() for tensor in owned.values())
+    apart = {name: t.clone() if counts[t.data_ptr()] > 1 else t for name, t in owned.items()}
+    return save(apart, {"format": "pt"})  # which refuses tensors that share memory
 
 
 def parse(data: bytes, path: Path) -> dict[str, Tensor]:

@@ -29,9 +29,8 @@ class AdaLoRASpelling(Spelling):
         """Return the settings of the method as peft spells them."""
         on_weights.require_hosts(part, on_weights.LINEAR_AND_CONV1D)
         method = cast(AdaLoRA, part.method)
-        hosts = {k: v for k, v in on_weights.hosts_config(part).items() if k != "init_weights"}
         begin, end = method.phases(_STEPS)
-        return hosts | {
+        return {
             "beta1": method.beta1,
             "beta2": method.beta2,
             "bias": "none",
@@ -43,6 +42,7 @@ class AdaLoRASpelling(Spelling):
             "lora_dropout": method.dropout,
             "orth_reg_weight": method.orthogonality,
             "rank_pattern": None,
+            "target_modules": on_weights.hosts_config(part)["target_modules"],
             "target_r": method.r,
             "tfinal": _STEPS - end,
             "tinit": begin,

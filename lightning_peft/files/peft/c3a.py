@@ -23,9 +23,7 @@ class C3ASpelling(Spelling):
         on_weights.require_hosts(part, on_weights.LINEAR)
         sizes = {host: t.shape[-1] for host, _, _, t in on_weights.own_tensors(part)}
         size = cast(C3A, part.method).block_size
-        return {
-            k: v for k, v in on_weights.hosts_config(part).items() if k != "exclude_modules"
-        } | {
+        return on_weights.hosts_config(part) | {
             "bias": "none",
             "block_size": size,
             "block_size_pattern": names.deviating(sizes, size),

@@ -1,5 +1,6 @@
 """Whole folders in peft's format, by the spellings: what to write, and what was read."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,8 @@ def spell(adapter: Adapter, part: str | None = None, check: bool = True) -> Spel
     Raises:
         Inexpressible: peft cannot hold it; the message says why.
     """
-    one = Part(adapter, _method(adapter, part))
-    spelling = next((s for s in spellings() if s.writes(one)), None)
-    if spelling is None:
-        raise Inexpressible(f"peft has no counterpart of {type(one.method).__name__}.")
+    one, spelling = _chosen(adapter, part)
+    _refuse_passed_over(one)
     own, entries = spelling.config(one), spelling.entries(one)
     if check:
         spelling.check(one)
@@ -99,7 +98,11 @@ def spell(adapter: Adapter, part: str | None = None, check: bool = True) -> Spel
     modules = in_place.saved_modules(adapter.model, trained, covered, one.deltas)
     saved = in_place.patterns_of(adapter.model, modules, one.deltas)
     entries = _with_modules(one, entries, modules, spelling.base)
-    config = _common(adapter.model, spelling, modules) | {"modules_to_save": saved or None} | own
+    config = _common(adapter.model, spelling, modules) | own
+    if spelling.saves_modules:
+        config["modules_to_save"] = saved or None
+    elif not {*saved} <= {*in_place.HEADS.get(str(config["task_type"]), ())}:
+        raise Inexpressible(f"peft does not train `{modules[0]}` in place beside this method.")
     return Spelled(one, spelling, dict(sorted(config.items())), entries)
 
 
@@ -158,6 +161,7 @@ def read(described: Described, adapter: Adapter, tensors: State) -> dict[str, Te
     spelling, part = described.spelling, Part(adapter, adapter.methods[0])
     entries = _with_modules(part, spelling.entries(part), described.modules, spelling.base)
     known = {entry.theirs for entry in entries}
+    tensors = in_place.without_copies(tensors)
     extra = (in_place.base_tensor(adapter.model, k, spelling.base) for k in {*tensors} - known)
     entries += [entry for entry in extra if entry is not None]
     return spelling.derived(part) | unspell(entries, tensors)
@@ -198,21 +202,37 @@ def _like(key: str, tensor: Tensor, own: Tensor) -> Tensor:
     return own
 
 
-def _method(adapter: Adapter, part: str | None) -> Method:
+def _chosen(adapter: Adapter, kind: str | None) -> tuple[Part, Spelling]:
+    """Return the part of an adapter to write, and its spelling."""
     kinds = [method.kind for method in adapter.methods]
-    if part is None and len(kinds) != 1:
+    if kind is not None and kinds.count(kind) != 1:
+        raise Inexpressible(f"`part` must name one of {', '.join(kinds)}, but is {kind!r} instead.")
+    part = Part(adapter, adapter.methods[kinds.index(kind) if kind is not None else 0])
+    spelling = next((s for s in spellings() if s.writes(part)), None)
+    if spelling is None:
+        raise Inexpressible(f"peft has no counterpart of {type(part.method).__name__}.")
+    if kind is None and {*kinds[1:]} - {*spelling.companions}:
         raise Inexpressible(
             f"peft has no combination of methods, and this adapter has {', '.join(kinds)}: export "
-            f"one of them alone, with part={kinds[0] if kinds else None!r}."
+            f"one of them alone, with part={kinds[0]!r}."
         )
-    if part is not None and kinds.count(part) != 1:
-        raise Inexpressible(f"`part` must name one of {', '.join(kinds)}, but is {part!r} instead.")
-    return adapter.methods[kinds.index(part) if part is not None else 0]
+    return part if kind is None else dataclasses.replace(part, alone=True), spelling
+
+
+def _refuse_passed_over(part: Part) -> None:
+    """Refuse hosts that torch's fast path reads past, so that peft's change of them is lost."""
+    layers = [n for n, m in part.model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    inside = [host for host in part.deltas if under(host, tuple(layers))]
+    if inside:
+        raise Inexpressible(
+            f"`{inside[0]}` lies in a `nn.TransformerEncoderLayer`, which in eval mode reads "
+            "weights past peft's layers, so the change would be lost there."
+        )
 
 
 def _in_place(part: Part) -> list[str]:
     """Return what is trained in place, without what other methods of the adapter train."""
-    others = [m for m in part.adapter.methods if m is not part.method]
+    others = [m for m in part.adapter.methods if m is not part.method and part.alone]
     theirs = {name for method in others for name in method.in_place(part.model)}
     own = set(part.method.in_place(part.model)) if theirs else set()
     return [name for name in part.adapter.in_place if name not in theirs - own]

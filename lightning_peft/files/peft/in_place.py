@@ -5,14 +5,15 @@ some are trained is written as a whole, and what was not trained must be the bas
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.delta import plain_name
-from lightning_peft.errors import CheckpointError
+from lightning_peft.delta import SLOT, plain_name
+from lightning_peft.errors import AdapterError, CheckpointError
 from lightning_peft.files.peft.settings import Settings
-from lightning_peft.files.peft.spelling import Entry, Inexpressible, constant, same
+from lightning_peft.files.peft.spelling import Copies, Entry, Inexpressible, constant, same
 from lightning_peft.structure.anatomy import base_modules, under
 
 HEADS = {
@@ -130,16 +131,18 @@ def entries_of(
     """Return the entries of the tensors of the chosen modules."""
     first = {id(p): plain_name(n) for n, p in model.named_parameters()}
     trained, owners = set(in_place), {n.rpartition(".")[0] for n in in_place}
-    entries, met = list[Entry](), set[str]()
+    entries, met = list[Entry](), dict[str, Copies]()
     for module in chosen:
         for name, tensor in _tensors(model, module).items():
             own, key = first.get(id(tensor), name), f"{base}{name}"
             buffer = id(tensor) not in first and name.rpartition(".")[0] in owners
-            if (own in trained or buffer) and own not in met:
-                entries.append(same(key, own))
-            else:
+            if own not in trained and not buffer:
                 entries.append(_fixed(key, model, own))
-            met.add(own)
+            elif own in met:
+                entries.append(met[own].further(key, own))
+            else:
+                met[own] = Copies()
+                entries.append(met[own].first(same(key, own)))
     return entries
 
 
@@ -153,9 +156,25 @@ def _fixed(key: str, model: nn.Module, name: str) -> Entry:
     return constant(key, value, "the base, in which it was not trained")
 
 
+def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors without the second copies that peft writes of a module's biases.
+
+    Raises:
+        AdapterError: a copy differs from the first.
+    """
+    kept = {}
+    for key, tensor in tensors.items():
+        plain = key.replace(".modules_to_save.", ".")
+        if plain == key or plain not in tensors:
+            kept[key if ".original_module." in key else plain] = tensor
+        elif not torch.equal(tensor, tensors[plain]):
+            raise AdapterError(f"`{key}` differs from `{plain}`, of which it should be a copy.")
+    return kept
+
+
 def base_tensor(model: nn.Module, key: str, base: str) -> Entry | None:
     """Return the entry of a tensor of the base itself, which peft writes beside embeddings."""
-    name = re.sub(r"(\.base_layer)(?=\.[^.]+$)", "", key.removeprefix(base))
+    name = re.sub(r"\.(base_layer|original_module)(?=\.[^.]+$)", "", key.removeprefix(base))
     owner, _, leaf = name.rpartition(".")
     module = _modules(model).get(owner)
     if not key.startswith(base) or module is None:
@@ -190,4 +209,5 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     module = model.get_submodule(name)
-    return {f"{name}.{n}": t for n, t in module.state_dict(keep_vars=True).items()}
+    tensors = module.state_dict(keep_vars=True).items()
+    return {f"{name}.{n}": t for n, t in tensors if SLOT not in n.split(".")}

@@ -3,12 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from lightning_peft.deltas.hosts import Parts
 from lightning_peft.deltas.low_rank import LowRank
-from lightning_peft.files.peft import names
+from lightning_peft.files.peft import names, trainable_tokens
 from lightning_peft.files.peft.low_rank import (
     Place,
     adapted_hosts,
@@ -20,9 +21,11 @@ from lightning_peft.files.peft.low_rank import (
     unadapted,
 )
 from lightning_peft.files.peft.settings import Settings
-from lightning_peft.files.peft.spelling import BASE, Entry, Part, Spelling, same
+from lightning_peft.files.peft.spelling import BASE, Entry, Inexpressible, Part, Spelling, same
+from lightning_peft.files.peft.trainable_tokens import rows_of, tables
 from lightning_peft.method import Method
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 
 _Value = TypeVar("_Value")
 
@@ -36,6 +39,7 @@ class LowRankSpelling(Spelling):
     """Two trained factors."""
 
     peft_type = "LORA"
+    companions = ("trainable_tokens",)
 
     def writes(self, part: Part) -> bool:
         """Whether the method's deltas are plain products."""
@@ -52,27 +56,31 @@ class LowRankSpelling(Spelling):
         method, found = part.method, places(part)
         rslora = isinstance(method, LoRA) and method.rslora
         bias = method.bias if isinstance(method, LoRA) else "none"
-        return lora_config(part, found, rslora) | {"bias": _BIAS[bias]}
+        config = lora_config(part, found, rslora) | {"bias": _BIAS[bias]}
+        return config | {"trainable_token_indices": _token_indices(part)}
 
-    def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
-        """Return LoRA with the settings."""
+    def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Sequence[Method]:
+        """Return LoRA with the settings, and trainable tokens if it has some."""
         hosts = adapted_hosts(settings, model)
         common = common_settings(settings, model, hosts)
         bias = {theirs: ours for ours, theirs in _BIAS.items()}.get(settings.take("bias", "none"))
         if bias is None:
             raise settings.refusal("bias", f"must be one of {', '.join(_BIAS.values())}")
-        return LoRA(
+        lora = LoRA(
             **common,
             rslora=settings.take("use_rslora", False),
             bias=bias,  # type: ignore[arg-type]
             rank_pattern=pattern_settings(settings, "rank_pattern", hosts, common["r"]),
             alpha_pattern=pattern_settings(settings, "alpha_pattern", hosts, common["alpha"]),
         )
+        return [lora, *_tokens(settings, model)]
 
     def entries(self, part: Part) -> list[Entry]:
         """Return A and B of each product, and the biases that are trained with them."""
         factors = [entry for place in places(part) for entry in entries_of(place)]
-        return factors + unadapted(part) + _biases(part)
+        tokens = part.companion("trainable_tokens")
+        rows = rows_of(tokens, "token_adapter.") if tokens else []
+        return factors + unadapted(part) + _biases(part) + rows
 
 
 def lora_config(part: Part, found: Sequence[Place], rslora: bool = False) -> dict[str, Any]:
@@ -82,8 +90,13 @@ def lora_config(part: Part, found: Sequence[Place], rslora: bool = False) -> dic
     """
     ranks = {place.host: rank(place) for place in found}
     alphas = {p.host: _alpha(p.product.scale, ranks[p.host], rslora) for p in found}
+    for host, attention in [(p.host, p.attention) for p in found if p.attention is not None]:
+        if (ranks.pop(host), alphas.pop(host)) != (ranks[attention], alphas[attention]):
+            raise Inexpressible(f"peft has one rank and strength for `{attention}` and `{host}`.")
     r, alpha = _most_common(ranks), _most_common(alphas)
-    dropouts = {p.product.dropout.p for p in found if p.product.dropout is not None}
+    # peft refuses dropout where a weight is read, and we have none there either.
+    read = any(isinstance(delta, Parts) for delta in part.deltas.values())
+    dropout = 0.0 if read else max(place.product.dropout for place in found)
     return targets_of(part, found) | {
         "alpha_pattern": names.deviating(alphas, alpha),
         "bias": "none",
@@ -91,7 +104,7 @@ def lora_config(part: Part, found: Sequence[Place], rslora: bool = False) -> dic
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_bias": False,
-        "lora_dropout": max(dropouts, default=0.0),
+        "lora_dropout": dropout,
         "r": r,
         "rank_pattern": names.deviating(ranks, r),
         "trainable_token_indices": None,
@@ -115,6 +128,38 @@ def common_settings(settings: Settings, model: nn.Module, hosts: Sequence[str]) 
         "dropout": settings.take("lora_dropout", 0.0),
         "targets": names.as_targets(model, hosts),
     }
+
+
+def _token_indices(part: Part) -> dict[str, list[int]] | None:
+    tokens = part.companion("trainable_tokens")
+    if tokens is None:
+        return None
+    ids = cast(TrainableTokens, tokens.method).token_ids
+    if ids is None:
+        raise Inexpressible("peft trains a whole table as one of `modules_to_save`.")
+    return {table: list(ids) for table in tables(tokens)}
+
+
+def _tokens(settings: Settings, model: nn.Module) -> list[TrainableTokens]:
+    """Return the trainable tokens that a configuration has beside LoRA; of one table, or alike."""
+    name = "trainable_token_indices"
+    given = settings.any_of(name, list, dict)
+    if not given:
+        return []
+    by_table = given if isinstance(given, dict) else {_word_embedding(model): given}
+    first = next(iter(by_table.values()))
+    if any(ids != first for ids in by_table.values()):
+        raise settings.refusal(name, "must list the same ids for each table")
+    hosts = [n for n in names.module_names(model) if names.meant([*by_table], n, loose=True)]
+    if not hosts:
+        raise settings.refusal(name, "must name tables of the model")
+    return [trainable_tokens.tokens(settings, name, first, hosts, model)]
+
+
+def _word_embedding(model: nn.Module) -> str:
+    """Return the name of the table that peft takes where none is named."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is table)
 
 
 def _most_common(values: Mapping[str, _Value]) -> _Value:

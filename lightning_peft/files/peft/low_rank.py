@@ -3,9 +3,10 @@
 Of a linear layer and of a convolution `<host>.lora_A.weight`, of an embedding
 `<host>.lora_embedding_A`. Of fused experts both factors are one matrix, A `(experts · r, in)` and B
 `(out, r · experts)` with the experts innermost, and several weights of one host nest: all but the
-last, in the order of the module, lie under further `.base_layer`. What reads as a tensor within
-`nn.MultiheadAttention` is `<host>.lora_A.weight` for its input and
-`<host>.base_layer.out_proj.lora_A.weight` for its output projection.
+last, in the order of the module, lie under further `.base_layer`. Of `nn.MultiheadAttention` peft
+adapts input and output together, as `<host>.lora_A.weight` and
+`<host>.base_layer.out_proj.lora_A.weight`; the change of the output it adds twice, in every mode
+and when it merges, so B is written half as large and read twice as large.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ from lightning_peft.files.peft.spelling import (
 from lightning_peft.structure import anatomy
 from lightning_peft.structure.anatomy import is_conv1d
 
+_OUTPUT = ".out_proj"
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -47,6 +51,9 @@ class Place:
 
     parameter: str | None = None
     """The host's parameter, where peft knows it by that (`target_parameters`)."""
+
+    attention: str | None = None
+    """The `nn.MultiheadAttention` whose output projection it is."""
 
     def theirs(self, tensor: str) -> str:
         """Return peft's key of `lora_A` or `lora_B`."""
@@ -66,6 +73,9 @@ def places(part: Part) -> list[Place]:
 
 def _places(part: Part, host: str, delta: Any) -> Iterator[Place]:
     prefix, module = part.key(host, ""), part.host(host)
+    kind = getattr(getattr(part.model, "config", None), "model_type", "")
+    if kind in _MAMBA and host.rpartition(".")[2] in ("out_proj", "conv1d"):
+        raise Inexpressible(f"peft refuses to adapt `{host}` of a model of type {kind}.")
     if isinstance(delta, Product):
         yield Place(host, delta, prefix, host)
         return
@@ -73,18 +83,18 @@ def _places(part: Part, host: str, delta: Any) -> Iterator[Place]:
         raise Inexpressible(f"peft has no counterpart of `{type(delta).__name__}`.")
     products: Any = dict(delta.named_children())
     for depth, (name, product) in enumerate(reversed(products.items())):
-        path, parameter = host, None
+        path, parameter, attention = host, None, None
         if isinstance(module, nn.MultiheadAttention):
             if name != "in_proj_weight":
                 raise Inexpressible(f"peft cannot adapt `{name}` of `{host}`.")
         elif anatomy.is_uncalled(module):
-            raise Inexpressible(
-                f"peft adds a change of `{host}` twice, so its logits would differ: leave the "
-                "module out (`targets`)."
-            )
+            attention = host.removesuffix(_OUTPUT)
+            path = f"{attention}.base_layer{_OUTPUT}"
+            if attention not in part.deltas:
+                raise Inexpressible(f"peft adapts `{host}` only together with `{attention}`.")
         elif product.site.stack:
             path, parameter = host + ".base_layer" * depth, name
-        yield Place(host, product, f"{prefix}{name}.", path, parameter)
+        yield Place(host, product, f"{prefix}{name}.", path, parameter, attention)
 
 
 def entries_of(place: Place) -> list[Entry]:
@@ -93,6 +103,8 @@ def entries_of(place: Place) -> list[Entry]:
     a, b = place.theirs("lora_A"), place.theirs("lora_B")
     ours = place.ours + "lora_A", place.ours + "lora_B"
     shapes = [tuple(factor.shape) for factor in (product.lora_A, product.lora_B)]
+    if place.attention is not None:
+        return [_checked(same(a, ours[0]), shapes[0]), _halved(b, ours[1], shapes[1])]
     if not place.product.site.stack:
         return [_checked(same(a, ours[0]), shapes[0]), _checked(same(b, ours[1]), shapes[1])]
     return [_stacked_a(a, ours[0], shapes[0]), _stacked_b(b, ours[1], shapes[1])]
@@ -110,11 +122,12 @@ def unadapted(part: Part) -> list[Entry]:
     found = []
     for place in places(part):
         attention = part.host(place.host)
-        if isinstance(attention, nn.MultiheadAttention):
+        whole = f"{place.host}{_OUTPUT}" in part.deltas
+        if isinstance(attention, nn.MultiheadAttention) and not whole:
             site = Site(tuple(attention.out_proj.weight.shape))
             for name, shape in zip(("lora_A", "lora_B"), site.shapes(rank(place)), strict=True):
                 key = f"{BASE}{place.path}.base_layer.out_proj.{name}.weight"
-                found.append(_silent(key, shape, name == "lora_B"))
+                found.append(_silent(key, shape))
     return found
 
 
@@ -126,7 +139,7 @@ def rank(place: Place) -> int:
 def targets_of(part: Part, found: Sequence[Place]) -> dict[str, Any]:
     """Return the settings that name the hosts, and the kind of their weights."""
     names_of = names.module_names(part.model)
-    modules = {p.host for p in found if p.parameter is None}
+    modules = {p.host for p in found if p.parameter is None and p.attention is None}
     parameters = {f"{p.host}.{p.parameter}" for p in found if p.parameter is not None}
     every = [n for n, _ in part.model.named_parameters()]
     return {
@@ -147,6 +160,8 @@ def adapted_hosts(settings: Settings, model: nn.Module) -> list[str]:
     """
     wanted = settings.any_of("target_parameters", list) or []
     hosts = names.target_hosts(settings, model)
+    modules = dict(model.named_modules())
+    hosts += [h + _OUTPUT for h in hosts if isinstance(modules[h], nn.MultiheadAttention)]
     named = [n for n, _ in model.named_parameters() if wanted and _ends_with(n, wanted)]
     return [*hosts, *dict.fromkeys(name.rpartition(".")[0] for name in named)]
 
@@ -156,7 +171,8 @@ def pattern_settings(
 ) -> Mapping[str, Any]:
     """Return a `rank_pattern` or an `alpha_pattern` in our patterns, without what fits no host."""
     patterns = settings.any_of(name, dict) or {}
-    values = {host: names.matching(patterns, host, default) for host in hosts}
+    named = {host: _leader(host, hosts) for host in hosts}
+    values = {host: names.matching(patterns, name, default) for host, name in named.items()}
     found = names.deviating(values, default)
     return {(p if "\\" not in p else f"re:{p}"): value for p, value in found.items()}
 
@@ -187,14 +203,23 @@ def _stacked_b(theirs: str, ours: str, shape: Sequence[int]) -> Entry:
     return Entry(theirs, ours, lambda state: state[ours].permute(1, 2, 0).flatten(1), read)
 
 
-def _silent(theirs: str, shape: Sequence[int], zero: bool) -> Entry:
-    if zero:
-        return constant(theirs, lambda: torch.zeros(tuple(shape)), "0, which peft adds twice")
+def _halved(theirs: str, ours: str, shape: Sequence[int]) -> Entry:
+    def read(tensor: Tensor) -> Tensor:
+        return require_shape(theirs, tensor, shape) * 2
 
-    def read(tensor: Tensor) -> Tensor:  # times zero: it has no effect
-        return require_shape(theirs, tensor, shape)
+    return Entry(theirs, ours, lambda state: state[ours] / 2, read)
 
-    return Entry(theirs, None, lambda state: torch.zeros(tuple(shape)), read)
+
+def _silent(theirs: str, shape: Sequence[int]) -> Entry:
+    # A product of nothing, but with an A that lets B learn.
+    value = torch.eye(*shape) if theirs.endswith("lora_A.weight") else torch.zeros(tuple(shape))
+    return constant(theirs, value.clone, "an output projection that is not adapted")
+
+
+def _leader(host: str, hosts: Sequence[str]) -> str:
+    """Return the host whose patterns are those of `host`: of an output, its attention."""
+    attention = host.removesuffix(_OUTPUT)
+    return attention if attention in hosts else host
 
 
 def _ends(every: Sequence[str], chosen: set[str]) -> list[str]:

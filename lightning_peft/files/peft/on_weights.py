@@ -67,15 +67,9 @@ def entries_of(part: Part, end: str = "") -> list[Entry]:
 
 
 def hosts_config(part: Part) -> dict[str, Any]:
-    """Return the settings that name the hosts."""
-    hosts = part.deltas
-    return {
-        "exclude_modules": None,
-        "init_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "target_modules": names.shortest(names.module_names(part.model), hosts),
-    }
+    """Return the settings that name the hosts; others that could narrow them are left out."""
+    hosts = names.shortest(names.module_names(part.model), part.deltas)
+    return {"init_weights": True, "target_modules": hosts}
 
 
 def turned(part: Part) -> bool:

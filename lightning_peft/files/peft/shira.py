@@ -32,13 +32,12 @@ class SHiRASpelling(Spelling):
         for _, delta in _deltas(part):
             if len(delta.shira_weight) < method.r * (delta.height + delta.width):
                 raise Inexpressible("peft's SHiRA cannot train all entries of a layer.")
-        config = on_weights.hosts_config(part) | {
+        return on_weights.hosts_config(part) | {
             "fan_in_fan_out": False,
             "mask_type": "random",
             "r": method.r,
             "random_seed": method.seed,
         }
-        return {k: v for k, v in config.items() if not k.startswith(("layers_", "exclude_"))}
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return SHiRA with the settings."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,9 @@ class Part:
     adapter: Adapter
     method: Method
 
+    alone: bool = False
+    """Whether it is written without what else the adapter has."""
+
     @property
     def model(self) -> nn.Module:
         """The model that carries the adapter."""
@@ -63,6 +66,11 @@ class Part:
     def deltas(self) -> dict[str, Delta]:
         """The method's deltas by the name of their host."""
         return self.adapter.deltas_of(self.method)
+
+    def companion(self, kind: str) -> "Part | None":
+        """Return the part of another method that one folder holds with this one, if it is there."""
+        found = [m for m in self.adapter.methods if m.kind == kind and not self.alone]
+        return Part(self.adapter, found[0]) if found else None
 
     def key(self, host: str, name: str) -> str:
         """Return our key of the tensor `name` of the delta at `host`."""
@@ -84,6 +92,12 @@ class Spelling(ABC):
 
     lossless: ClassVar[bool] = True
     """Whether what it writes is all that is needed to train on: then `Adapter.save` uses it."""
+
+    saves_modules: ClassVar[bool] = True
+    """Whether its configurations have `modules_to_save`."""
+
+    companions: ClassVar[tuple[str, ...]] = ()
+    """The kinds of further methods that one configuration holds beside it."""
 
     base: ClassVar[str] = BASE
     """What precedes the names of modules trained in place."""
@@ -165,6 +179,41 @@ def constant(theirs: str, value: Callable[[], Tensor], why: str, optional: bool 
         return tensor
 
     return Entry(theirs, None, lambda state: value(), read, optional=optional)
+
+
+class Copies:
+    """Tensors of peft's file that must be equal, since they are one with us (tied weights)."""
+
+    def __init__(self) -> None:
+        self._first: tuple[str, Tensor] | None = None
+
+    def agreeing(self, theirs: str, tensor: Tensor) -> Tensor:
+        """Return `tensor` if it equals those before it.
+
+        Raises:
+            AdapterError: it does not.
+        """
+        self._first = self._first or (theirs, tensor)
+        key, first = self._first
+        if first.shape != tensor.shape or not torch.equal(first, tensor):
+            raise AdapterError(f"`{theirs}` differs from `{key}`, to which this model ties it.")
+        return tensor
+
+    def first(self, entry: Entry) -> Entry:
+        """Return an entry with which others are compared."""
+
+        def read(tensor: Tensor) -> Tensor:
+            return entry.read(self.agreeing(entry.theirs, tensor))
+
+        return replace(entry, read=read)
+
+    def further(self, theirs: str, ours: str, optional: bool = False) -> Entry:
+        """Return the entry of a copy."""
+
+        def read(tensor: Tensor) -> Tensor:
+            return self.agreeing(theirs, tensor)
+
+        return Entry(theirs, None, lambda state: state[ours], read, optional=optional)
 
 
 def require_shape(theirs: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:

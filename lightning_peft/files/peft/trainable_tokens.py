@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import plain_name
-from lightning_peft.errors import AdapterError
 from lightning_peft.files.peft import names
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import (
     BASE,
+    Copies,
     Entry,
     Inexpressible,
     Part,
@@ -27,6 +27,7 @@ class TrainableTokensSpelling(Spelling):
 
     peft_type = "TRAINABLE_TOKENS"
     kinds = ("trainable_tokens",)
+    saves_modules = False
 
     def config(self, part: Part) -> dict[str, Any]:
         """Return the settings of the method as peft spells them.
@@ -83,9 +84,10 @@ def rows_of(part: Part, inner: str) -> list[Entry]:
     """
     entries = []
     for host in tables(part):
-        met = list[Tensor]()
-        entries.append(_entry(_key(host, inner), part, host, met))
-        entries += [_copy(_key(other, inner), met) for other in _tied(part, host)]
+        copies, ours = Copies(), part.key(host, "trainable_tokens")
+        entries.append(copies.first(_entry(_key(host, inner), part, host)))
+        tied = [_key(other, inner) for other in _tied(part, host)]
+        entries += [copies.further(key, ours, optional=True) for key in tied]
     return entries
 
 
@@ -100,30 +102,16 @@ def _tied(part: Part, host: str) -> list[str]:
     return [plain_name(name) for name in names_of if plain_name(name) != host]
 
 
-def _entry(theirs: str, part: Part, host: str, met: list[Tensor]) -> Entry:
+def _entry(theirs: str, part: Part, host: str) -> Entry:
     ours = part.key(host, "trainable_tokens")
     shape = cast(Rows, part.deltas[host]).trainable_tokens.shape
     ids = [*(cast(TrainableTokens, part.method).token_ids or ())]
     order = torch.tensor([ids.index(i) for i in sorted(ids)])  # ours are in ascending order
 
     def read(tensor: Tensor) -> Tensor:
-        return _agreeing(theirs, require_shape(theirs, tensor, shape), met)[order]
+        return require_shape(theirs, tensor, shape)[order]
 
     return Entry(theirs, ours, lambda state: state[ours][order.argsort()], read)
-
-
-def _copy(theirs: str, met: list[Tensor]) -> Entry:
-    def read(tensor: Tensor) -> Tensor:
-        return _agreeing(theirs, tensor, met)
-
-    return Entry(theirs, None, lambda state: met[0], read, optional=True)
-
-
-def _agreeing(theirs: str, tensor: Tensor, met: list[Tensor]) -> Tensor:
-    met.append(tensor)
-    if met[0].shape != tensor.shape or not torch.equal(met[0], tensor):
-        raise AdapterError(f"`{theirs}` differs from the rows of the table, to which it is tied.")
-    return tensor
 
 
 SPELLING = TrainableTokensSpelling()
