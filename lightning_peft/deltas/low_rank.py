@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta, NotMergeable
+from lightning_peft.deltas.passing import first_input
 from lightning_peft.errors import ConfigError
 from lightning_peft.ops.low_rank import add_low_rank
 
@@ -67,9 +68,11 @@ class Site:
         """Return a factor as the matrix that it is."""
         return factor
 
-    def add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """Return `output + scale · B A x`."""
-        return add_low_rank(output, x, a, b, scale)
+    def add(
+        self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        """Return `output + scale · B A x`, with dropout of x."""
+        return add_low_rank(output, x, a, b, scale, dropout)
 
     def along_output(self, vector: Tensor) -> Tensor:
         """Return a vector `(out,)` so that it multiplies the host's output."""
@@ -89,7 +92,7 @@ class Product(Delta, ABC):
     def __init__(self, site: Site, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.site, self.scale = site, scale
-        self.dropout = nn.Dropout(dropout) if dropout and not site.takes_ids else None
+        self.dropout = 0.0 if site.takes_ids else dropout
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -99,12 +102,8 @@ class Product(Delta, ABC):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return `output + s · B A x`."""
-        return self.site.add(output, self.received(args, kwargs), *self.factors(), self.scale)
-
-    def received(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the host's input, with dropout in training."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return self.dropout(x) if self.dropout else x
+        x, dropout = first_input(args, kwargs), self.dropout if self.training else 0.0
+        return self.site.add(output, x, *self.factors(), self.scale, dropout)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return the host's weight with the change, in its own dtype and in new storage."""

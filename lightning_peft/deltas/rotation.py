@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.deltas.hosts import has_matrix
+from lightning_peft.deltas.passing import first_input
 from lightning_peft.deltas.sites import site_of
-from lightning_peft.deltas.weight_delta import WeightDelta, input_of, with_input
+from lightning_peft.deltas.weight_delta import WeightDelta, with_input
 from lightning_peft.structure.anatomy import is_linear, read_weights
 from lightning_peft.structure.targets import Patterns, Targets, as_targets
 
@@ -43,7 +44,7 @@ class Rotation(WeightDelta, ABC):
         """Return the inputs of `host`, turned if it is linear."""
         if not is_linear(host):
             return args, kwargs
-        x = input_of(args, kwargs)
+        x = first_input(args, kwargs)
         added = F.linear(x, self.as_matrix(x).T) if x.is_nested else self.turn(x)
         return with_input(args, kwargs, x + added)
 

@@ -22,7 +22,9 @@ class Table(Site):
     output_scale: float = 1.0
     """Some tables (BART, Gemma) multiply their rows."""
 
-    def add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def add(
+        self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
         """Return `output + scale · B A[ids]`."""
         change = F.linear(F.embedding(x, a.T, self.padding_idx), b) * (scale * self.output_scale)
         return output + change.to(output.dtype)
@@ -80,9 +82,11 @@ class Kernel(Site):
         """Return a factor as the matrix that it is."""
         return factor.flatten(1)
 
-    def add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """Return `output + scale · B * (A * x)`."""
-        padding = self.padding
+    def add(
+        self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        """Return `output + scale · B * (A * x)`, with dropout of x."""
+        x, padding = F.dropout(x, dropout), self.padding
         if self.mode != "zeros":
             x, padding = F.pad(x, self.edges, mode=self.mode), 0
         convolve = F.conv1d if a.dim() == 3 else F.conv2d

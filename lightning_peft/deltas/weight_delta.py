@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta, NotMergeable
 from lightning_peft.deltas.hosts import deltas_for
 from lightning_peft.deltas.low_rank import Site, fresh
+from lightning_peft.deltas.passing import first_input
 from lightning_peft.deltas.sites import Kernel, Table
 from lightning_peft.structure.anatomy import is_linear
 
@@ -57,7 +58,7 @@ class WeightDelta(Delta, ABC):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return `output + ΔW x`."""
-        x, weight = input_of(args, kwargs), self.matrix(own(host, "weight"))
+        x, weight = first_input(args, kwargs), self.matrix(own(host, "weight"))
         x = self.dropout(x) if self.dropout else x
         if is_linear(host) and not x.is_nested:
             return self.add(weight, x, output)
@@ -154,11 +155,6 @@ def trained(like: Tensor, *shape: int) -> nn.Parameter:
 def own(host: nn.Module, name: str) -> Tensor:
     """Return the host's own weight, whatever its deltas make of it."""
     return cast(Tensor, host._parameters[name])
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the one tensor that a layer was called with."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[Any, Any]:

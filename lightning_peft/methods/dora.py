@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.hosts import deltas_for, find_hosts, has_matrix
 from lightning_peft.deltas.low_rank import Product, Site, check_rank, fresh, fresh_factors
+from lightning_peft.deltas.passing import first_input
 from lightning_peft.method import Method
 from lightning_peft.ops.low_rank import changed_norm
 from lightning_peft.structure.targets import Patterns, Targets
@@ -100,7 +101,7 @@ class Decomposed(Product):
         weight: Any = host._parameters["weight"]
         bias = host._parameters.get("bias")
         if output.is_nested:  # what `nn.TransformerEncoder` makes of a padded batch in eval mode
-            return F.linear(self.received(args, kwargs), self.changed(weight), bias)
+            return F.linear(first_input(args, kwargs), self.changed(weight), bias)
         changed: Tensor = super().forward(host, args, kwargs, output)
         gain = self.site.along_output(self.gain(weight)).to(changed.dtype)
         free = changed if bias is None else changed - self.site.along_output(bias)

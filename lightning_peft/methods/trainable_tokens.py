@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.passing import first_input
 from lightning_peft.deltas.sites import Table, site_of
-from lightning_peft.deltas.weight_delta import DerivedDelta, input_of, own, shared, trained
+from lightning_peft.deltas.weight_delta import DerivedDelta, own, shared, trained
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.structure.anatomy import base_modules, embeddings, is_linear, is_transformers
@@ -117,7 +118,7 @@ class Rows(DerivedDelta):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return the vectors, those of the chosen tokens replaced."""
-        ids = input_of(args, kwargs)
+        ids = first_input(args, kwargs)
         place = torch.searchsorted(self.ids, ids).clamp_max(len(self.ids) - 1)
         added = F.embedding(place, self.difference(own(host, "weight")))
         added = added * (self.ids[place] == ids).unsqueeze(-1)
@@ -148,7 +149,7 @@ class TiedRows(Delta):
         rows: Rows = self.__dict__["rows"]
         if isinstance(host, nn.Embedding):
             return rows(host, args, kwargs, output)
-        x = input_of(args, kwargs)
+        x = first_input(args, kwargs)
         added = F.linear(x, rows.difference(own(host, "weight")).to(x.dtype))
         # In place: a copy of the logits can be the largest tensor of all.
         add = output.index_add_ if self.strength == 1 else output.index_add

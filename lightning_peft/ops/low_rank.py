@@ -4,8 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_peft.ops.dropout import dropped_linear
 
-def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+
+def add_low_rank(
+    output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
     """Return `output + scale · (x Aᵀ) Bᵀ` without a temporary as large as `output`.
 
     The small matrices are cast to the activations' dtype, never the activations to theirs: so the
@@ -17,8 +21,10 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
         a: `(r, in)`.
         b: `(out, r)`.
         scale: factor of the product.
+        dropout: probability with which a number of `x` is zeroed.
     """
-    hidden, b = F.linear(x, a.to(x.dtype)).to(output.dtype), b.to(output.dtype)
+    a, b = a.to(x.dtype), b.to(output.dtype)
+    hidden = (dropped_linear(x, a, dropout) if dropout else F.linear(x, a)).to(output.dtype)
     if output.is_nested:  # what `nn.TransformerEncoder` makes of a padded batch in eval mode
         return output + F.linear(hidden, b * scale)
     flat = output.reshape(-1, output.shape[-1])

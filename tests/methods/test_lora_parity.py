@@ -177,7 +177,7 @@ def test_keeps_no_more_for_backward_than_peft(name: str, dropout: float, build: 
     labels = {"labels": torch.tensor([0, 1, 2])}
     batch = example.inputs | (labels if name == "bert" else {"labels": example.inputs["input_ids"]})
     kept, theirs = (saved_bytes(m.train(), batch) for m in (example.model, reference))
-    assert 0 < kept <= theirs
+    assert 0 < kept <= (0.9 if dropout else 1) * theirs
 
 
 def mixture(kind: str) -> nn.Module:
