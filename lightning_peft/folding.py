@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta, NotMergeable, slot_of
+from lightning_peft.in_place import Parked
 from lightning_peft.scaling import fold
 
 Hosted = tuple[str, nn.Module, Delta]
@@ -63,9 +64,14 @@ def _refuse_mixed(deltas: Sequence[Hosted]) -> None:
     # Folded one after another, changes that build on each other would give something else.
     for name, host, delta in deltas:
         every = [cast(Delta, other) for other in slot_of(host).values()]
-        others = [other for other in every if other.active and other is not delta]
+        others = [d for d in every if d.active and d is not delta and not _has_biases_alone(d)]
         if others and not all(d.additive for d in (delta, *others)):
             raise NotMergeable(
                 f"`{name}` is changed by {type(delta).__name__} and by "
                 f"{type(others[0]).__name__}, which do not simply add up: remove one of them."
             )
+
+
+def _has_biases_alone(delta: Delta) -> bool:
+    """Whether it is a moved-out tensor that changes of weights do not meet."""
+    return isinstance(delta, Parked) and set(delta.state_dict()) <= {"bias"}
