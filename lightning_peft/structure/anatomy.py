@@ -29,6 +29,11 @@ _READ = re.compile(
 )
 """Code that reads a child's weight for its values."""
 
+_GIVEN = re.compile(r"self\.(\w+)\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
+"""A call of a child, and what it is given."""
+
+_STATES = "encoder_hidden_states"
+
 _HEAD_NAMES = ("classifier", "score", "head", "fc")
 """The field's usual names of a task head, for a model without a layer stack to stand behind."""
 
@@ -173,6 +178,35 @@ def feed_forwards(model: nn.Module) -> list[Named]:
     return [(name, module) for name, module in _linears(model) if not name.startswith(inside)]
 
 
+def uncrossed(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of attention to an encoder, in a model that has no encoder to attend to.
+
+    The decoder of an encoder-decoder keeps it when it stands alone (BartForCausalLM), and takes
+    states to attend to as an input that is rarely given; without them it does not run.
+    """
+    name, outer = next(((n, m) for n, m in base_modules(model) if is_transformers(m)), ("", model))
+    if _STATES not in inspect.signature(outer.forward).parameters:
+        return ()
+    if not all(under(n, (name,)) for n, _ in layers(model) if name):
+        return ()  # another part of the model may be the encoder
+    modules = base_modules(outer, name)
+    inside = [(n, m, {k for k, c in m.named_children() if is_attention(c)}) for n, m in modules]
+    return tuple(
+        _join(n, child)
+        for n, parent, attention in inside
+        for child in sorted(attention & _given_states(cast(type, type(parent))))
+        if len(attention) > 1  # beside that to its own tokens
+    )
+
+
+@functools.cache
+def _given_states(cls: type) -> frozenset[str]:
+    """Return the attributes that the code of a class calls with an encoder's states."""
+    code = _code(inspect.getattr_static(cls, "forward", None))
+    calls = _GIVEN.findall(_source(code)) if code else []
+    return frozenset(name for name, given in calls if _STATES in given)
+
+
 def embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
     """Return the embedding tables."""
     return [(n, m) for n, m in base_modules(model) if isinstance(m, nn.Embedding)]
@@ -205,9 +239,9 @@ def projections(model: nn.Module) -> list[Named]:
     The linear layers of the layer stack, also those that are read as tensors; without any its
     convolutions; without a stack all linear and convolutional layers but the head's.
     """
-    stack, heads = layers(model), tuple(name for name, _ in head(model))
+    stack, out = layers(model), (*(name for name, _ in head(model)), *uncrossed(model))
     within = [named for n, block in stack or [("", model)] for named in base_modules(block, n)]
-    inside = [(n, m) for n, m in within if not under(n, heads)]
+    inside = [(n, m) for n, m in within if not under(n, out)]
     linear = [(n, m) for n, m in inside if stack and (is_linear(m) or read_weights(m))]
     return linear or [(n, m) for n, m in inside if is_linear(m) or is_dense_convolution(m)]
 

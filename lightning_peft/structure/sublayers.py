@@ -53,9 +53,11 @@ class SubLayer:
 def sublayers(model: nn.Module) -> list[SubLayer]:
     """Return the sub-layers of all layers, in order; a module that layers share counts once."""
     found: dict[int, SubLayer] = {}
+    out = anatomy.uncrossed(model)
     for index, (name, block) in enumerate(anatomy.layers(model)):
         for sublayer in _of_layer(index, name, block):
-            found.setdefault(id(sublayer.output[1]), sublayer)
+            if not anatomy.under(sublayer.output[0], out):
+                found.setdefault(id(sublayer.output[1]), sublayer)
     return list(found.values())
 
 

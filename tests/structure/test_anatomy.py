@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from lightning_peft import LoRA, inject
-from lightning_peft.structure import anatomy
+from lightning_peft.structure import anatomy, sublayers
 
 Build = Callable[[str], Any]
 
@@ -295,3 +295,17 @@ def test_linear_layers_whose_weight_the_parent_reads() -> None:
     model = nn.Sequential(Mixer())
     assert anatomy.read_by_parents(model) == {"0.read", "0.both"}
     assert anatomy.read_by_parents(nn.TransformerEncoderLayer(8, 2)) == set()
+
+
+def test_attention_to_an_encoder_that_is_not_there_is_left_alone(build: Build) -> None:
+    settings = build("bart").model.config.to_dict() | {"is_encoder_decoder": False}
+    alone = transformers.BartForCausalLM(transformers.BartConfig(**settings))
+    idle = anatomy.uncrossed(alone)
+    assert idle == tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(2))
+    adapted = [name for name, _ in anatomy.projections(alone)]
+    assert adapted
+    assert not any("encoder_attn" in name for name in adapted)
+    assert not any("encoder_attn" in s.output[0] for s in sublayers.sublayers(alone))
+    beside = nn.ModuleDict({"encoder": build("bert_base").model, "decoder": alone})
+    for model in (build("bart").model, build("t5").model, beside):
+        assert anatomy.uncrossed(model) == ()
