@@ -48,7 +48,7 @@ class Spelled:
         Raises:
             Inexpressible: a value cannot be written.
         """
-        written = {e.theirs: e.write(state) for e in self.entries if not e.optional}
+        written = {e.theirs: e.write(state) for e in self.entries if e.written}
         return {key: tensor.detach().cpu().contiguous() for key, tensor in written.items()}
 
     def holds(self, state: State) -> bool:

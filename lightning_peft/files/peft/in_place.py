@@ -139,10 +139,10 @@ def entries_of(
             if own not in trained and not buffer:
                 entries.append(_fixed(key, model, own))
             elif own in met:
-                entries.append(met[own].further(key, own))
+                entries.append(met[own].further(key))
             else:
-                met[own] = Copies()
-                entries.append(met[own].first(same(key, own)))
+                met[own] = Copies(same(key, own))
+                entries.append(met[own].entry)
     return entries
 
 

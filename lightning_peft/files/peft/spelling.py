@@ -44,7 +44,10 @@ class Entry:
     """Whether reading what was written gives our tensor bit by bit."""
 
     optional: bool = False
-    """Whether peft's file may lack it; it is then not written either."""
+    """Whether peft's file may lack it."""
+
+    written: bool = True
+    """Whether we write it."""
 
 
 @dataclass(frozen=True)
@@ -178,42 +181,39 @@ def constant(theirs: str, value: Callable[[], Tensor], why: str, optional: bool 
             raise AdapterError(f"`{theirs}` has other values than {why}.")
         return tensor
 
-    return Entry(theirs, None, lambda state: value(), read, optional=optional)
+    written = not optional
+    return Entry(theirs, None, lambda state: value(), read, optional=optional, written=written)
 
 
 class Copies:
-    """Tensors of peft's file that must be equal, since they are one with us (tied weights)."""
+    """Tensors of peft's file that must be equal, since they are one with us (tied weights).
 
-    def __init__(self) -> None:
-        self._first: tuple[str, Tensor] | None = None
+    Args:
+        entry: of the one that is read.
+    """
 
-    def agreeing(self, theirs: str, tensor: Tensor) -> Tensor:
-        """Return `tensor` if it equals those before it.
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._first = entry, (entry.theirs, torch.empty(0))
+        self.entry = replace(entry, read=self._read)
 
-        Raises:
-            AdapterError: it does not.
-        """
-        self._first = self._first or (theirs, tensor)
+    def further(self, theirs: str, optional: bool = False) -> Entry:
+        """Return the entry of a copy."""
+
+        def read(tensor: Tensor) -> Tensor:
+            return self._agreeing(theirs, tensor)
+
+        return Entry(theirs, None, self._entry.write, read, optional=optional)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        return self._entry.read(self._agreeing(self._entry.theirs, tensor))
+
+    def _agreeing(self, theirs: str, tensor: Tensor) -> Tensor:
+        if not self._first[1].numel():
+            self._first = theirs, tensor
         key, first = self._first
         if first.shape != tensor.shape or not torch.equal(first, tensor):
             raise AdapterError(f"`{theirs}` differs from `{key}`, to which this model ties it.")
         return tensor
-
-    def first(self, entry: Entry) -> Entry:
-        """Return an entry with which others are compared."""
-
-        def read(tensor: Tensor) -> Tensor:
-            return entry.read(self.agreeing(entry.theirs, tensor))
-
-        return replace(entry, read=read)
-
-    def further(self, theirs: str, ours: str, optional: bool = False) -> Entry:
-        """Return the entry of a copy."""
-
-        def read(tensor: Tensor) -> Tensor:
-            return self.agreeing(theirs, tensor)
-
-        return Entry(theirs, None, lambda state: state[ours], read, optional=optional)
 
 
 def require_shape(theirs: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:

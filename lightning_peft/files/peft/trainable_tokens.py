@@ -84,10 +84,9 @@ def rows_of(part: Part, inner: str) -> list[Entry]:
     """
     entries = []
     for host in tables(part):
-        copies, ours = Copies(), part.key(host, "trainable_tokens")
-        entries.append(copies.first(_entry(_key(host, inner), part, host)))
+        copies = Copies(_entry(_key(host, inner), part, host))
         tied = [_key(other, inner) for other in _tied(part, host)]
-        entries += [copies.further(key, ours, optional=True) for key in tied]
+        entries += [copies.entry, *(copies.further(key, optional=True) for key in tied)]
     return entries
 
 
