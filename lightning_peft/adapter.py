@@ -338,6 +338,20 @@ class Adapter:
 
         return export_adapter(self, folder, format, part)
 
+    def push(self, repository: str, **settings: Any) -> str:
+        """Write the adapter to `org/name` on the Hugging Face hub and return the commit's address.
+
+        Args:
+            repository: `org/name`; where it is not there, it is made, and is private.
+            settings: those of `files.hub.push`, such as `subfolder`, `private` and `message`.
+
+        Raises:
+            CheckpointError: the hub refuses; the message says why.
+        """
+        from lightning_peft.files.hub import push
+
+        return push(self, repository, **settings)
+
     def hold_back(self, epoch: int) -> None:
         """Drop the gradients of what a method does not train yet in `epoch` (counted from 0)."""
         named = self.named_parameters() if self.start_epochs else {}

@@ -29,6 +29,7 @@ from lightning_peft.files.folder_io import (
     read_tensors,
     write,
 )
+from lightning_peft.files.hub import located
 from lightning_peft.files.peft import exchange
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Inexpressible
@@ -92,21 +93,26 @@ def load_adapter(
     name: str | None = None,
     *,
     ignore_fingerprint: bool = False,
+    revision: str | None = None,
+    subfolder: str = "",
 ) -> Adapter:
     """Inject into `model` the adapter that was saved in `folder`, by us or by peft.
 
     Args:
         model: the base that the adapter was trained on.
-        folder: what `Adapter.save`, `Adapter.export` or peft's `save_pretrained` wrote.
+        folder: what `Adapter.save`, `Adapter.export` or peft's `save_pretrained` wrote, here or in
+            a repository `org/name` on the Hugging Face hub.
         name: another name for the adapter than the one it was saved under.
         ignore_fingerprint: take the model for the adapter's base although its values differ.
+        revision: a branch, tag or commit of the repository.
+        subfolder: where in the folder or repository the adapter is.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, the model is another base, a setting
             or a tensor does not fit; the model is left as it was.
         TargetError: a pattern matches nothing; the model is left as it was.
     """
-    folder = Path(folder)
+    folder = located(folder, revision, subfolder)
     data = read_tensors(folder)
     if (folder / CONFIG).exists():
         return _load_own(model, folder, data, name, ignore_fingerprint)
