@@ -93,8 +93,10 @@ def _rows(module: Any, weight: Any) -> Tensor:
 
 
 def _into_rows(module: Any, weight: Any, matrix: Tensor) -> Tensor:
-    new = type(weight)(matrix.cpu(), requires_grad=False, has_fp16_weights=False)
-    return new.to(weight.device)
+    # Not through its own rounding, which goes by way of float16.
+    scales = matrix.abs().amax(-1)
+    codes = (matrix * (127 / scales.clamp_min(1e-30)).unsqueeze(-1)).round().to(weight.dtype)
+    return type(weight)(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
 def _blocks(module: Any, weight: Any) -> Tensor:

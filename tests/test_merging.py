@@ -1,5 +1,6 @@
 """Merging with a certificate: every method, every dtype, and every way back."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,10 +305,8 @@ def test_four_bits_come_back_bitwise() -> None:
     x = {"x": torch.randn(64, 64)}
     with torch.no_grad():
         before = module(**x)
-    try:
+    with contextlib.suppress(NotMergeable):  # too coarse for the change, or laid out for the CPU
         merge(adapter, x).unmerge()
-    except NotMergeable:  # too coarse for the change, or rearranged for the CPU
-        pass
     with torch.no_grad():
         assert torch.equal(module(**x), before)
 
