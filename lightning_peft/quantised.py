@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.delta import NotMergeable
@@ -129,9 +130,12 @@ def _into_torchao(module: Any, weight: Any, matrix: Tensor) -> Tensor:
             "The weight is a torchao tensor with several scales a row, which is not known how to "
             "make again: load the base without quantisation."
         )
+    # A row that stays within its grid keeps it: torchao's own choice would shift every code.
+    largest = matrix.abs().amax(-1, keepdim=True) / (63.5 if weight.reduce_range else 127.5)
     new = type(weight.data).from_hp(
         matrix.to(weight.dtype),
         PerRow(),
+        scale=torch.maximum(weight.scale, largest.to(weight.scale.dtype)),
         act_quant_kwargs=weight.act_quant_kwargs,
         reduce_range=weight.reduce_range,
     )
