@@ -131,11 +131,13 @@ def _into_torchao(module: Any, weight: Any, matrix: Tensor) -> Tensor:
             "make again: load the base without quantisation."
         )
     # A row that stays within its grid keeps it: torchao's own choice would shift every code.
-    largest = matrix.abs().amax(-1, keepdim=True) / (63.5 if weight.reduce_range else 127.5)
+    top = 63.5 if weight.reduce_range else 127.5
+    low, high = matrix.aminmax(dim=-1, keepdim=True)
+    needed = torch.maximum(-low / (top + 1), high / top).to(weight.scale.dtype)
     new = type(weight.data).from_hp(
         matrix.to(weight.dtype),
         PerRow(),
-        scale=torch.maximum(weight.scale, largest.to(weight.scale.dtype)),
+        scale=torch.maximum(weight.scale, needed),
         act_quant_kwargs=weight.act_quant_kwargs,
         reduce_range=weight.reduce_range,
     )
