@@ -241,13 +241,36 @@ class Adapter:
         return self
 
     def settle(self) -> "Adapter":
-        """Let it act and be trained, with what it has in place in the model's own tensors."""
+        """Let it act and be trained, with what it has in place in the model's own tensors.
+
+        Unless it acts already, beside others that `switch` named, it acts alone.
+        """
+        for other in [] if self.active else adapters_of(self.model).values():
+            other.deactivate()
         self.activate()
         if self._own.parked:
             self._slots = self._slots[: len(self._hosts)]
             self._own.unpark()
             tell_transformers(self.model)
         return self.requires_grad_()
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether this is within its `disabled()`."""
+        return self._tuned is not None
+
+    def placed(self) -> list[tuple[Slot, str]]:
+        """Return where each of its deltas is: the slot of its host, and its name there."""
+        return list(self._slots)
+
+    def replaced(self, what: str) -> dict[str, dict[str, Tensor]]:
+        """Return by module and name the base's values of what it has in the model's own tensors.
+
+        Raises:
+            AdapterError: they were not kept, which `what` needs.
+        """
+        settled = self.active and not self.is_disabled and not self._own.parked
+        return self._own.replaced(what) if self.in_place and settled else {}
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:

@@ -126,6 +126,19 @@ class InPlace:
         self.parked, self.originals = True, {}
         return slots
 
+    def replaced(self, what: str) -> dict[str, Tensors]:
+        """Return by module, and by its name there, what the base has in place of each tensor.
+
+        Raises:
+            AdapterError: it was not kept, which `what` needs.
+        """
+        self.require_originals(what)
+        kept = self.originals or {}
+        return {
+            owner: {key: kept[name] for key, name in names.items()}
+            for owner, names in self._places().items()
+        }
+
     def unpark(self) -> None:
         """Move the tensors back into the model's own."""
         own = self.tensors()
