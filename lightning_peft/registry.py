@@ -1,7 +1,7 @@
 """What a model keeps as long as it carries adapters."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -22,8 +22,9 @@ class Registry(dict[str, "Adapter"]):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
-        self.norms = [(n, m) for n, m in modules_of(model).items() if isinstance(m, _NORM)]
+        self.norms = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, _NORM)]
         self.held: list[nn.Module] = []
+        self.rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
         self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
 
     def hold_norms(self) -> None:
@@ -73,8 +74,7 @@ def registry_of(model: nn.Module) -> Registry:
     """Return the registry of the adapters that were injected into `model` itself."""
     if "_adapters" not in model.__dict__:
         model.__dict__["_adapters"] = Registry(model)
-    registry: Registry = model.__dict__["_adapters"]
-    return registry
+    return cast(Registry, model.__dict__["_adapters"])
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

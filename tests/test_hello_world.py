@@ -1,5 +1,6 @@
-"""How much of our code a first use runs through: a budget, so that it does not grow unnoticed."""
+"""How much of our code a first use runs through, and a newcomer reads: budgets that hold."""
 
+import inspect
 import sys
 from pathlib import Path
 from types import FrameType
@@ -9,11 +10,27 @@ import torch
 from torch import nn
 
 import lightning_peft
-from lightning_peft import LoRA, inject
+from lightning_peft import PEFT, Adapter, LoRA, delta, inject
+from lightning_peft.deltas.hosts import deltas_for
+from lightning_peft.deltas.low_rank import LowRank, Product
+from lightning_peft.hooks import LateHooks, PEFTHooks, adopt_late
+from lightning_peft.injection import Injection
+from lightning_peft.ops.low_rank import add_low_rank
 
 PACKAGE = str(Path(lightning_peft.__file__).parent)
 BUDGET = 170
 """Distinct lines of the package, ruff-formatted, from `inject` to the first output."""
+
+
+READING = (
+    PEFT, adopt_late, LateHooks.configure_model, PEFTHooks.peft_inject, Injection.into, inject,
+    Adapter.__init__, LoRA, deltas_for, Product, LowRank, add_low_rank,
+    delta.attach, delta._open, delta._after,
+)  # fmt: skip
+"""The way from the callback to LoRA's arithmetic, in order; docs/architecture.md names it too."""
+
+READING_BUDGET = 400
+"""Lines of it, docstrings included."""
 
 
 class TwoLayers(nn.Module):
@@ -44,3 +61,8 @@ def test_a_first_use_runs_through_few_lines() -> None:
         sys.settrace(before)
     assert adapter.num_parameters == 8 * (8 + 16) + 8 * (16 + 4)
     assert len(lines) <= BUDGET
+
+
+def test_the_way_from_the_callback_to_the_arithmetic_is_short() -> None:
+    lines = {part.__qualname__: len(inspect.getsource(part).splitlines()) for part in READING}
+    assert sum(lines.values()) <= READING_BUDGET, lines
