@@ -52,7 +52,7 @@ class AdaLoRASpelling(Spelling):
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return AdaLoRA with the settings."""
         settings.ignore("r", "rank_pattern", "init_lora_weights", "loftq_config", "use_rslora")
-        settings.ignore("qalora_group_size")
+        settings.ignore("qalora_group_size", "fan_in_fan_out")
         if settings.take("bias", "none") != "none":
             raise settings.refusal("bias", "must be none for this method")
         steps = settings.take("total_step", 0) or _STEPS

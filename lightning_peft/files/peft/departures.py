@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.deltas.departure import Departure
-from lightning_peft.files.peft.lora import common_settings, lora_config
+from lightning_peft.files.peft.lora import lora_config, plain_settings
 from lightning_peft.files.peft.low_rank import Place, adapted_hosts, as_peft, entries_of, places
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Entry, Part, Spelling, State
@@ -43,12 +43,11 @@ class DepartureSpelling(Spelling):
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return PiSSA or OLoRA with the settings."""
-        for name in ("use_dora", "use_rslora"):
-            if settings.take(name, False):
-                raise settings.refusal(name, "must be off for this `init_lora_weights`")
+        if settings.take("use_dora", False):
+            raise settings.refusal("use_dora", "must be off for this `init_lora_weights`")
         if settings.take("bias", "none") != "none":
             raise settings.refusal("bias", "must be none for this `init_lora_weights`")
-        common = common_settings(settings, model, adapted_hosts(settings, model))
+        common = plain_settings(settings, model, adapted_hosts(settings, model))
         start = str(settings.peek("init_lora_weights"))
         if start == "olora":
             return OLoRA(**common)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.deltas.sites import Kernel
-from lightning_peft.files.peft.lora import common_settings, lora_config
+from lightning_peft.files.peft.lora import lora_config, plain_settings
 from lightning_peft.files.peft.low_rank import Place, adapted_hosts, entries_of, places
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import (
@@ -42,11 +42,9 @@ class DecomposedSpelling(Spelling):
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
         """Return DoRA with the settings."""
-        if settings.take("use_rslora", False):
-            raise settings.refusal("use_rslora", "must be off together with `use_dora`")
         if settings.take("bias", "none") != "none":
             raise settings.refusal("bias", "must be none together with `use_dora`")
-        return DoRA(**common_settings(settings, model, adapted_hosts(settings, model)))
+        return DoRA(**plain_settings(settings, model, adapted_hosts(settings, model)))
 
     def entries(self, part: Part) -> list[Entry]:
         """Return A, B and the magnitudes of each product."""

@@ -70,7 +70,7 @@ class Spelled:
         """
         kept = {name: tensors[name] for name in self.rounded() if name in tensors}
         theirs = {key: tensor for key, tensor in tensors.items() if key not in kept}
-        return unspell(self.entries, theirs) | kept
+        return unspell(self.entries, theirs, self.part.adapter.tensors()) | kept
 
     def rounded(self) -> list[str]:
         """Return our keys of what peft's format rounds."""
@@ -164,11 +164,16 @@ def read(described: Described, adapter: Adapter, tensors: State) -> dict[str, Te
     tensors = in_place.without_copies(tensors)
     extra = (in_place.base_tensor(adapter.model, k, spelling.base) for k in {*tensors} - known)
     entries += [entry for entry in extra if entry is not None]
-    return spelling.derived(part) | unspell(entries, tensors)
+    return spelling.derived(part) | unspell(entries, tensors, adapter.tensors())
 
 
-def unspell(entries: Sequence[Entry], tensors: State) -> dict[str, Tensor]:
+def unspell(entries: Sequence[Entry], tensors: State, present: State) -> dict[str, Tensor]:
     """Return our tensors from peft's, every one of which is accounted for.
+
+    Args:
+        entries: of all that may be there.
+        tensors: peft's.
+        present: ours as they are.
 
     Raises:
         AdapterError: one is missing, unexpected, or cannot be what it should be.
@@ -185,21 +190,22 @@ def unspell(entries: Sequence[Entry], tensors: State) -> dict[str, Tensor]:
     state = {}
     for entry in (e for e in entries if e.theirs in tensors):  # several may share one of theirs
         key, tensor = entry.theirs, tensors[entry.theirs]
-        own = entry.read(tensor)
-        if entry.ours is not None:
-            state[entry.ours] = _like(key, tensor, own).contiguous()
+        if entry.ours is None:
+            entry.read(tensor)
+        else:
+            _check_values(key, tensor, present[entry.ours])
+            state[entry.ours] = entry.read(tensor).contiguous()
     return state
 
 
-def _like(key: str, tensor: Tensor, own: Tensor) -> Tensor:
-    """Return what was read of a tensor, if that was a plain number where ours are."""
+def _check_values(key: str, tensor: Tensor, own: Tensor) -> None:
+    """Refuse a tensor that is no plain number where ours are, or not finite."""
     if own.is_floating_point() and tensor.dtype not in _PLAIN:
         raise AdapterError(
             f"`{key}` must be of a floating-point type, but is {tensor.dtype} instead."
         )
     if not tensor.isfinite().all():
         raise AdapterError(f"`{key}` holds NaN or infinite values.")
-    return own
 
 
 def _chosen(adapter: Adapter, kind: str | None) -> tuple[Part, Spelling]:

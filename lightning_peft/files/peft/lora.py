@@ -166,6 +166,17 @@ def _most_common(values: Mapping[str, _Value]) -> _Value:
     return Counter(values.values()).most_common(1)[0][0]
 
 
+def plain_settings(settings: Settings, model: nn.Module, hosts: Sequence[str]) -> dict[str, Any]:
+    """Return `common_settings` for a method that scales by alpha / r alone.
+
+    Raises:
+        CheckpointError: a setting cannot be honoured.
+    """
+    common = common_settings(settings, model, hosts)
+    root = settings.take("use_rslora", False)
+    return common | ({"alpha": common["alpha"] * math.sqrt(common["r"])} if root else {})
+
+
 def _alpha(scale: float, r: int, rslora: bool) -> float:
     alpha = float(f"{scale * (math.sqrt(r) if rslora else r):.12g}")
     return int(alpha) if alpha.is_integer() else alpha

@@ -163,7 +163,12 @@ def adapted_hosts(settings: Settings, model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     hosts += [h + _OUTPUT for h in hosts if isinstance(modules[h], nn.MultiheadAttention)]
     named = [n for n, _ in model.named_parameters() if wanted and _ends_with(n, wanted)]
-    return [*hosts, *dict.fromkeys(name.rpartition(".")[0] for name in named)]
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in named)
+    if wanted and (not owners or owners.keys() & {*hosts}):
+        raise settings.refusal(
+            "target_parameters", "must name parameters of modules that are not adapted themselves"
+        )
+    return [*hosts, *owners]
 
 
 def pattern_settings(

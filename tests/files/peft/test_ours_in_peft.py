@@ -114,14 +114,14 @@ CASES |= {
     "lora-on-turned-experts": ("gptoss", LoRA(r=3, targets="experts", layers=[1]), {}),
     "lora-on-attention": ("attending", LoRA(r=2, targets="mha"), {}),
     "lora-on-whole-attention": ("attending", LoRA(r=2, targets=["mha", "mha.out_proj"]), {}),
-    "lora-with-tokens": ("gpt2", [LoRA(r=2), TrainableTokens(token_ids=(40, 5, 9))], {}),
+    "lora-with-tokens": ("gpt2", [LoRA(r=2), TrainableTokens(token_ids=(62, 4, 18))], {}),
     "dora-on-words": ("bert", DoRA(targets=["word_embeddings", "query"]), {}),
     "hira-on-words": ("bert", HiRA(r=4, targets="word_embeddings"), {}),
     "ia3-by-patterns": ("llama", IA3(keys_values=(), feed_forward="up_proj"), {}),
     "ln-without-biases": ("bert", LNTuning(bias=False), {}),
-    "tokens": ("bert", TrainableTokens(token_ids=(40, 5, 9)), {}),
-    "tokens-of-a-tied-table": ("gemma3", TrainableTokens(token_ids=(40, 5, 9)), {}),
-    "tokens-of-an-encoder-decoder": ("t5", TrainableTokens(token_ids=(40, 5, 9)), {}),
+    "tokens": ("bert", TrainableTokens(token_ids=(62, 4, 18)), {}),
+    "tokens-of-a-tied-table": ("gemma3", TrainableTokens(token_ids=(62, 4, 18)), {}),
+    "tokens-of-an-encoder-decoder": ("t5", TrainableTokens(token_ids=(62, 4, 18)), {}),
 }  # fmt: skip
 
 ROUNDED = ("c3a", "fourierft")
