@@ -1,9 +1,7 @@
 """What merging did to the logits, measured on inputs, and what is accepted."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,14 +77,6 @@ class Certificate:
     def to_json(self) -> dict[str, Any]:
         """Return it in plain containers, as `merge.json` holds it."""
         return {**asdict(self), "passed": self.passed, "lost": self.lost}
-
-
-def write_certificates(folder: Path, certificates: Sequence[Certificate]) -> Path:
-    """Write `merge.json`: the certificate that counted first, then those of other dtypes."""
-    file = folder / "merge.json"
-    content = [certificate.to_json() for certificate in certificates]
-    file.write_text(json.dumps({"certificates": content}, indent=2) + "\n", encoding="utf-8")
-    return file
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
