@@ -34,6 +34,8 @@ class List(Job):
             settings = OmegaConf.to_container(config[name], resolve=False)
             for where, part in _targets(name, settings):
                 _explain(where, part, console)
+        if "method" in groups:
+            _explain_training(config, console)
         if not groups:
             _overview(conf, console)
 
@@ -53,7 +55,8 @@ def field_docs(cls: Callable[..., Any]) -> dict[str, str]:
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.:])\s+(?=[A-Z]|\.\.|>>>)|\s+Example:|\s+Default:", text)[0].rstrip(":")
+    ends = r"(?<=\.)\s+(?=[A-Z])|(?<=[.:])\s+(?=\.\.|>>>)|\s+Example:|\s+Default:"
+    return re.split(ends, text)[0].rstrip(":")
 
 
 def _texts_below_fields(cls: type) -> dict[str, str]:
@@ -132,6 +135,25 @@ def _explain(where: str, settings: dict[str, Any], console: Console) -> None:
     docs = field_docs(cls)
     summary = (inspect.getdoc(cls) or cls.__name__).partition("\n\n")[0]
     title = f"{where}: {_first_sentence(' '.join(summary.split()))}"
+    _print_settings(title, where, settings, docs, console)
+
+
+def _explain_training(config: DictConfig, console: Console) -> None:
+    """Explain the settings beside a method, which `PEFTModule` takes."""
+    from lightning_peft.module import PEFTModule  # slow to import
+
+    docs = field_docs(PEFTModule)
+    for where, title in (
+        ("optimizer", "optimizer: how it learns"),
+        ("adapter", "adapter: what else is trained"),
+    ):
+        settings: Any = OmegaConf.to_container(config[where], resolve=False)
+        _print_settings(title, where, settings, docs, console)
+
+
+def _print_settings(
+    title: str, where: str, settings: dict[str, Any], docs: dict[str, str], console: Console
+) -> None:
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
