@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.prompt_tuning import PromptTuning
     from lightning_peft.module import PEFTModule
     from lightning_peft.structure.targets import Targets
-    from lightning_peft.switching import switch
+    from lightning_peft.switching import mixed, switch
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ _HOMES = {
     "inject": "method",
     "last_checkpoint": "files.last_checkpoint",
     "load_adapter": "files.adapter_folder",
+    "mixed": "switching",
     "switch": "switching",
 }
 
@@ -55,6 +56,7 @@ __all__ = [
     "inject",
     "last_checkpoint",
     "load_adapter",
+    "mixed",
     "switch",
 ]
 

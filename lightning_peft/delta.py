@@ -8,7 +8,7 @@ sibling is not reused (its guard sees another type), and fast paths that read we
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -107,6 +107,10 @@ class Delta(nn.Module):
         """
         return base(host, query, key, value, mask, **kwargs)
 
+    def chain_of(self, delta: "Delta") -> "Sequence[Delta]":
+        """Return what acts on the same rows as `delta`, where this one stands in for several."""
+        return ()
+
     def reset_parameters(self) -> None:
         """Initialise in place (a model built on the meta device calls this on each module)."""
 
@@ -144,6 +148,11 @@ class Slot(nn.ModuleDict):
         """Take into `running` what is active, as much of it as is applied."""
         deltas = [cast(Delta, delta) for delta in self._modules.values()]
         self.running = [d if d.strength == 1 else _part(d) for d in deltas if d.active]
+
+    def beside(self, delta: Delta) -> Sequence[Delta]:
+        """Return what acts on the same rows as `delta`, which is among it, in order."""
+        found = (acting.chain_of(delta) for acting in self.running)
+        return next((chain for chain in found if chain), self.running)
 
     def let_act(self, name: str, active: bool) -> None:
         """Let a delta act, or not."""

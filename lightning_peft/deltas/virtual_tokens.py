@@ -39,7 +39,8 @@ _UNCUT = (*CACHES, "pooler_output")
 _ELSEWHERE = ("encoder_", "decoder_", "cross_", "image_", "vision_", "visual_embeds", "pixel_")
 """Prefixes of arguments that belong to another sequence than the text."""
 
-_ENCODER_MASKS = ("encoder_attention_mask", "encoder_padding_mask")
+ENCODER_MASKS = ("encoder_attention_mask", "encoder_padding_mask")
+"""The names under which decoders take the mask over the encoder's states."""
 
 _PLACE, _IDS = "_virtual_place", "_virtual_ids"
 """Under these names a call's own tensors carry where tokens entered, and the ids with them."""
@@ -223,8 +224,8 @@ class Enter(Delta):
 
     def _not_yet_counted(self, host: nn.Module) -> int:
         """Return how many tokens the cache holds that the mask does not cover yet."""
-        deltas = list(slot_of(host).values())  # those before this one have widened the mask
-        entering = [d for d in deltas[deltas.index(self) :] if isinstance(d, Enter) and d.active]
+        deltas = slot_of(host).beside(self)  # those before this one have widened the mask
+        entering = [d for d in deltas[deltas.index(self) :] if isinstance(d, Enter)]
         return sum(len(delta.ids) for delta in entering)
 
 
@@ -261,7 +262,7 @@ class Attended(Delta):
         """Widen the mask where the encoder's states are longer than it."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
         states = given.get("encoder_hidden_states")
-        key = next((k for k in _ENCODER_MASKS if given.get(k) is not None), "")
+        key = next((k for k in ENCODER_MASKS if given.get(k) is not None), "")
         if states is None or not key or states.shape[1] < given[key].shape[-1] + self.tokens:
             return args, kwargs
         place = Place(_start(given[key], 0), self.tokens)

@@ -110,7 +110,7 @@ def probe(model: nn.Module, ids: Sequence[int] = ()) -> dict[str, Attention]:
     found = {
         n: _of_torch(m) for n, m in base_modules(model) if isinstance(m, nn.MultiheadAttention)
     }
-    for name, inner in _pretrained(model):
+    for name, inner in pretrained(model):
         found |= {f"{name}.{n}".lstrip("."): seen for n, seen in _run(inner, ids).items()}
     if not found:
         raise TargetError(
@@ -138,7 +138,7 @@ def spread(x: Tensor) -> float:
     return 1.0 if x.is_meta or not x.numel() else x.detach().float().square().mean().sqrt().item()
 
 
-def _pretrained(model: nn.Module) -> list[Named]:
+def pretrained(model: nn.Module) -> list[Named]:
     """Return the outermost models of transformers."""
     if is_transformers(model):
         return [("", model)]
