@@ -127,7 +127,7 @@ def load_adapter(
 def _load_own(
     model: nn.Module, folder: Path, data: bytes, name: str | None, ignore_fingerprint: bool
 ) -> Adapter:
-    config = _checked(folder, data)
+    config = checked(folder, data)
     methods = [_method(spec, f"methods[{i}]") for i, spec in enumerate(config["methods"])]
     old, new = config["name"], name or config["name"]
     tensors = parse(data, folder / TENSORS)
@@ -203,7 +203,12 @@ def _method(spec: Any, where: str) -> Method:
         raise CheckpointError(f"`{CONFIG}` cannot be read: {error}") from error
 
 
-def _checked(folder: Path, data: bytes) -> dict[str, Any]:
+def checked(folder: Path, data: bytes) -> dict[str, Any]:
+    """Return the sidecar in `folder`, whose tensors' bytes are `data`.
+
+    Raises:
+        CheckpointError: it cannot be read, or the files are not those that were saved.
+    """
     config = read_json(folder / CONFIG)
     if config.get("format") not in READABLE:
         raise CheckpointError(
