@@ -15,6 +15,7 @@ from lightning_peft.jobs import trainers
 from lightning_peft.jobs.job import Job
 from lightning_peft.jobs.outcome import finish
 from lightning_peft.jobs.run_folder import RunFolder, created, resolved
+from lightning_peft.models import ModelSource
 from lightning_peft.module import PEFTModule
 from lightning_peft.report import open_console
 
@@ -60,13 +61,25 @@ def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, ClassificationData]:
     data: ClassificationData = instantiate(settings["data"], "data")
     optimizer = check_settings(PEFTModule, settings["optimizer"], "optimizer")
     adapter = check_settings(PEFTModule, settings["adapter"], "adapter")
-    methods = list(instantiate(settings["method"], "method").values())
+    methods = list(instantiate(_reading(settings["method"], source), "method").values())
     task = instantiate(settings["task"], "task")
     data.connect(source.tokenizer(), labels=getattr(task, "labels", None))
     data.prepare_data()
     module = PEFTModule(source, methods, task.connect(data), **optimizer, **adapter)
     task.check(module.model, data)
     return module, data
+
+
+def _reading(methods: Mapping[str, Any], source: ModelSource) -> dict[str, Any]:
+    """Let methods that start from a text read it as the model does, unless they say how."""
+    return {
+        name: {**spec, "tokenizer": source.path()} if _reads(spec) else spec
+        for name, spec in methods.items()
+    }
+
+
+def _reads(spec: Mapping[str, Any]) -> bool:
+    return spec.get("tokenizer") == "" and any(spec[k] for k in spec if k.endswith("_text"))
 
 
 def _keep(module: PEFTModule, trainer: Trainer, run: RunFolder) -> None:

@@ -43,7 +43,7 @@ from lightning_peft.ops.bottleneck import Gating, check_gating
 from lightning_peft.structure.caches import caching
 from lightning_peft.structure.probe import Attention
 from lightning_peft.structure.targets import Patterns, Targets
-from lightning_peft.structure.words import check_tokens
+from lightning_peft.structure.words import as_many, check_tokens, ids_of_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,12 @@ class PrefixTuning(Method):
     dropout: float = 0.0
     """Probability with which an entry of them is zeroed during training."""
 
+    start_text: str = ""
+    """A text, cut or repeated to `tokens`, to start from; its ids are kept in `start_ids`."""
+
+    tokenizer: str = ""
+    """Name or folder of the tokenizer for `start_text`, in most cases that of the model."""
+
     start_ids: Sequence[int] = ()
     """Ids of as many tokens, whose keys and values are the start; empty starts at random."""
 
@@ -82,6 +88,9 @@ class PrefixTuning(Method):
     """Enter in attention, "clean", or by the cache, "peft", where positions move on by `tokens`."""
 
     def __post_init__(self) -> None:
+        if self.start_text and not self.start_ids:
+            ids = ids_of_text("start_text", self.start_text, self.tokenizer)
+            object.__setattr__(self, "start_ids", as_many(ids, self.tokens))
         check(self.tokens, self.dropout, self.start_ids)
         check_tokens(self.tokens, self.layout)
         if self.layout == "peft" and (self.gating or self.targets or self.layers is not None):

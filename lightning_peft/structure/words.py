@@ -62,6 +62,11 @@ def ids_of_text(setting: str, text: str, tokenizer: str) -> tuple[int, ...]:
     return ids
 
 
+def as_many(ids: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Return `tokens` ids: the given ones, cut or repeated."""
+    return tuple(ids[i % len(ids)] for i in range(tokens))
+
+
 def starting_vectors(host: nn.Module, tokens: int, ids: Sequence[int] | None) -> Start:
     """Return what virtual tokens start from.
 
@@ -89,8 +94,8 @@ def starting_vectors(host: nn.Module, tokens: int, ids: Sequence[int] | None) ->
             f"`init_ids` must lie in [0, {len(table)}), the model's vocabulary, but {wrong[0]} "
             "does not: take the model's own tokenizer."
         )
-    repeated = [ids[i % len(ids)] for i in range(tokens)]
-    return Start(_vectors(host, torch.tensor(repeated, device=table.device)), size, "words")
+    repeated = torch.tensor(as_many(ids, tokens), device=table.device)
+    return Start(_vectors(host, repeated), size, "words")
 
 
 def _words(host: Any, tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lightning_peft.module import PEFTModule
-from tests.jobs.command import Command, Run, write_rows
+from tests.jobs.command import GOOD, Command, Run, write_rows
 
 BRIEF = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "job.baseline=false"]
 
@@ -325,3 +325,21 @@ def test_real_reviews_teach_a_real_encoder(minilm_dir: Path, run: Run) -> None:
     assert tuned["total"] > 20_000_000
     assert tuned["trained"] / tuned["total"] < 0.03
     assert Path("real", "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "ids"),
+    [
+        ("prompt", "method.prompt.init=text method.prompt.init_text", "init_ids"),
+        ("prefix", "method.prefix.start_text", "start_ids"),
+        ("p_tuning", "method.p_tuning.anchor_text", "anchor_ids"),
+    ],
+)
+def test_a_text_to_start_from_is_read_by_the_models_tokenizer(
+    method: str, text: str, ids: str, run: Run, small: list[str]
+) -> None:
+    words = [f"method={method}", f"method.{method}.tokens=3", *f"{text}={GOOD[0]}".split()]
+    done = run(*small, *BRIEF, "folder=read", *words)
+    assert done.code == 0, done.err
+    saved = json.loads(Path("read/adapter/lightning_peft.json").read_text(encoding="utf-8"))
+    assert saved["methods"][0][ids][0] == 5  # behind five special tokens

@@ -115,6 +115,17 @@ def test_settings_out_of_range_are_refused(method: Any, settings: Any, message: 
         method(**settings)
 
 
+def test_starts_at_a_text_cut_or_repeated(minilm_dir: Path) -> None:
+    folder = str(minilm_dir)
+    method = PrefixTuning(tokens=5, start_text="good or bad?", tokenizer=folder)
+    assert len(method.start_ids) == 5
+    assert method.start_ids[0] == method.start_ids[4]
+    given = PrefixTuning(tokens=5, start_ids=method.start_ids)
+    assert given.start_ids == method.start_ids
+    with pytest.raises(ConfigError, match="`tokenizer` must name .*`start_text`"):
+        PrefixTuning(start_text="good or bad?")
+
+
 def test_starts_that_cannot_be_are_refused(build: Build) -> None:
     method = PrefixTuning(tokens=4, start_ids=(1, 2, 3, 4), bottleneck=3)
     with pytest.raises(
