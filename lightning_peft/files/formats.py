@@ -7,9 +7,10 @@ from lightning_peft.adapter import Adapter
 from lightning_peft.errors import ConfigError, near_misses
 from lightning_peft.files import adapter_folder
 
-_FORMATS: dict[str, Callable[[Adapter, str | Path, str | None], Path]] = {
+FORMATS: dict[str, Callable[[Adapter, str | Path, str | None], Path]] = {
     "peft": adapter_folder.export_adapter,
 }
+"""What writes an adapter, or its method of a kind, to a folder, by the name of the format."""
 
 
 def export_adapter(
@@ -24,9 +25,9 @@ def export_adapter(
         ConfigError: there is no such format.
         AdapterError: the format cannot hold the adapter; the message says why.
     """
-    if format not in _FORMATS:
+    if format not in FORMATS:
         raise ConfigError(
-            f"`format` must be one of {', '.join(_FORMATS)}, but is {format!r} instead."
-            f"{near_misses(format, _FORMATS)}"
+            f"`format` must be one of {', '.join(FORMATS)}, but is {format!r} instead."
+            f"{near_misses(format, FORMATS)}"
         )
-    return _FORMATS[format](adapter, folder, part)
+    return FORMATS[format](adapter, folder, part)

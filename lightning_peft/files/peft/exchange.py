@@ -14,7 +14,7 @@ from lightning_peft.files.peft import in_place, spellings
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Entry, Inexpressible, Part, Spelling, State
 from lightning_peft.method import Method
-from lightning_peft.structure.anatomy import under
+from lightning_peft.structure.anatomy import is_transformers, under
 
 VERSION = "0.21.2"
 """The version of peft whose format this is."""
@@ -253,15 +253,17 @@ def _with_modules(
 
 
 def _common(model: nn.Module, spelling: Spelling, modules: Sequence[str]) -> dict[str, Any]:
-    source = getattr(model, "config", None)
+    source, task = getattr(model, "config", None), _task(model, modules)
+    known = task is None and is_transformers(model)
+    kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
-        "auto_mapping": None,
+        "auto_mapping": kind if known else None,
         "base_model_name_or_path": str(getattr(source, "name_or_path", "") or "") or None,
         "inference_mode": True,
         "peft_type": spelling.peft_type,
         "peft_version": VERSION,
         "revision": None,
-        "task_type": _task(model, modules),
+        "task_type": task,
     }
 
 
