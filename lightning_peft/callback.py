@@ -1,6 +1,6 @@
 """The `PEFT` callback: parameter-efficient fine-tuning for any LightningModule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ class PEFT(Callback):
         name: the adapter's name.
         train: patterns of further modules or parameters to train in place (`"decoder.norm"`).
         head: whether the fresh task head, if the model has one, is trained in place.
+        beside: folders of trained adapters to load first, by name (`AdapterFusion`).
 
     Example::
 
@@ -51,8 +52,9 @@ class PEFT(Callback):
         name: str = "default",
         train: Patterns = (),
         head: bool = True,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
-        self.injection = Injection(as_methods(methods), name, train, head)
+        self.injection = Injection(as_methods(methods), name, train, head, beside or {})
         self._module: Any = None
 
     @property

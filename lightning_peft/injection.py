@@ -1,7 +1,7 @@
 """What a callback or a PEFTModule is asked to inject: plain settings, stored in checkpoints."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from lightning_peft.adapter import Adapter
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import AdapterError
+from lightning_peft.files.adapter_folder import load_adapter
 from lightning_peft.method import Method, inject
 from lightning_peft.registry import adapters_of
 from lightning_peft.strategies.checks import refuse_wrapped
@@ -32,6 +33,9 @@ class Injection:
     head: bool = True
     """Whether the fresh task head is trained in place."""
 
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Folders of trained adapters to load first, by name: to be fused, or switched to later."""
+
     within: str = ""
     """The attribute of the LightningModule to inject; empty for the LightningModule itself."""
 
@@ -49,6 +53,9 @@ class Injection:
             return found
         model = module.get_submodule(self.within)
         refuse_wrapped(model)
+        for name, folder in self.beside.items():
+            if name not in adapters_of(module):
+                load_adapter(model, folder, name)
         return inject(model, self.methods, self.name, train=self.train, head=self.head)
 
     def to_spec(self) -> dict[str, Any]:
@@ -58,13 +65,15 @@ class Injection:
             "methods": [to_spec(method) for method in self.methods],
             "train": list(as_patterns(self.train)),
             "head": self.head,
+            "beside": dict(self.beside),
         }
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Injection":
         """Return the settings that `to_spec` gave."""
         methods = tuple(instantiate_as(Method, method) for method in spec["methods"])
-        return cls(methods, spec["name"], tuple(spec["train"]), spec["head"])
+        beside = spec.get("beside", {})  # which earlier versions had not
+        return cls(methods, spec["name"], tuple(spec["train"]), spec["head"], beside)
 
     def _require_equal(self, found: Adapter) -> None:
         in_place = {name for method in self.methods for name in method.in_place(found.model)}

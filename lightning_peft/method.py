@@ -30,6 +30,9 @@ class Method(ABC):
     starts_as_base: ClassVar[bool] = True
     """Whether a fresh adapter leaves every output bitwise as it was."""
 
+    builds_on_adapters: ClassVar[bool] = False
+    """Whether the method needs adapters that the model carries already."""
+
     steers: ClassVar[bool] = False
     """Whether the method acts before or after optimizer steps."""
 

@@ -1,6 +1,6 @@
 """`PEFTModule`: a LightningModule around a bare model and a task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +45,7 @@ class PEFTModule(pl.LightningModule):
         name: the adapter's name.
         train: patterns of further modules or parameters to train in place.
         head: whether the fresh task head is trained in place.
+        beside: folders of trained adapters to load first, by name (`AdapterFusion`).
 
     Example::
 
@@ -75,6 +76,7 @@ class PEFTModule(pl.LightningModule):
         name: str = "default",
         train: Patterns = (),
         head: bool = True,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         settings = {
@@ -85,7 +87,7 @@ class PEFTModule(pl.LightningModule):
             "head_lr": head_lr,
         }
         _check(settings)
-        injection = Injection(as_methods(methods), name, train, head, within="model")
+        injection = Injection(as_methods(methods), name, train, head, beside or {}, "model")
         self.model = task.load_model(model) if isinstance(model, ModelSource) else model
         self.task, self.lr, self.head_lr = task, lr, head_lr
         described = {"model": _describe(model), "task": to_spec(task)}

@@ -25,8 +25,8 @@ from lightning_peft.delta import SLOT, NotMergeable
 from lightning_peft.errors import AdapterError, PEFTError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.registry import adapters_of
+from tests.catalogue import METHODS
 
-METHODS = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 KINDS = {"encoder": "bert", "decoder": "llama", "encoder-decoder": "t5", "vision": "vit"}
 KINDS_THAT_GENERATE = ("decoder", "encoder-decoder")
 REASONS = ("has no table of token embeddings", "has no biases to train")

@@ -18,11 +18,11 @@ from lightning_peft import Adapter, inject, mixed, switch
 from lightning_peft.config import instantiate
 from lightning_peft.errors import TargetError
 from lightning_peft.method import Method
+from tests.catalogue import METHODS
 
 Build = Callable[[str], Any]
 Rows = Sequence[str | None]
 
-METHODS = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 KINDS = {"encoder": "bert", "decoder": "llama", "encoder-decoder": "t5", "vision": "vit"}
 ROWS: Rows = ("a", None, "b", "a", "b", "b")
 NOT_KEPT = ("full",)

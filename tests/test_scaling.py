@@ -15,10 +15,9 @@ from lightning_peft.delta import NotMergeable
 from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method
 from lightning_peft.methods import BOFT, BitFit, TrainableTokens
+from tests.catalogue import METHODS
 
 Build = Callable[[str], Any]
-
-METHODS = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 
 
 def method_of(path: Path) -> list[Method]:

@@ -13,7 +13,7 @@ from sst2_run import minilm
 from transformers import AutoModel
 from transformers.utils import logging
 
-from lightning_peft import Adapter, inject
+from lightning_peft import Adapter, BottleneckAdapter, inject
 from lightning_peft.config import instantiate
 from lightning_peft.delta import NotMergeable
 from lightning_peft.jobs.conf import description
@@ -35,7 +35,10 @@ def row(file: Path) -> str:
     model = AutoModel.from_pretrained(minilm())
     whole = sum(p.numel() for p in model.parameters())
     config = yaml.safe_load(file.read_text("utf-8"))["method"]
-    adapter = inject(model, [instantiate(spec) for spec in config.values()], head=False)
+    methods = [instantiate(spec) for spec in config.values()]
+    for name in ("one", "two") if any(method.builds_on_adapters for method in methods) else ():
+        inject(model, BottleneckAdapter(), name, head=False)
+    adapter = inject(model, methods, head=False)
     trained, size = adapter.num_parameters, readable_bytes(adapter.num_bytes)
     return (
         f"| [{file.stem}]({file.stem}.md) | {description(file)} | {trained:,} "
