@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import SLOT, Delta, Slot, attach, detach, plain_name, slot_of
 from lightning_peft.errors import AdapterError
+from lightning_peft.modes import forget_computed
 from lightning_peft.registry import modules_of
 
 Tensors = dict[str, Tensor]
@@ -196,6 +197,9 @@ class InPlace:
         replaced = {name: target.detach() for name, (target, _) in pairs.items()}
         for target, tensor in pairs.values():
             target.data = tensor.to(target.device, target.dtype)
+        modules = modules_of(self.model) if pairs else {}
+        for owner in {name.rpartition(".")[0] for name in pairs}:
+            forget_computed(modules[owner])
         return replaced
 
 

@@ -7,13 +7,12 @@ from torch import nn
 
 from lightning_peft.delta import SLOT, Unforgivable, plain_name
 from lightning_peft.errors import AdapterError
-from lightning_peft.modes import HeldInEval, hold_in_eval, release
+from lightning_peft.modes import HeldInEval, ask_for_gradient, hold_in_eval, release
 from lightning_peft.structure.anatomy import is_transformers
+from lightning_peft.structure.drift import drifts, recomputing
 
 if TYPE_CHECKING:
     from lightning_peft.adapter import Adapter
-
-_NORM = nn.modules.batchnorm._NormBase
 
 
 class Registry(dict[str, "Adapter"]):
@@ -22,8 +21,9 @@ class Registry(dict[str, "Adapter"]):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
-        self.norms = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, _NORM)]
+        self.norms = [(plain_name(n), m) for n, m in model.named_modules() if drifts(m)]
         self.held: list[nn.Module] = []
+        self.asking = [ask_for_gradient(module) for module in recomputing(model)]
         self.rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
         self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
 
@@ -37,12 +37,15 @@ class Registry(dict[str, "Adapter"]):
         for norm in [m for n, m in self.norms if n in trained and m in self.held]:
             self.held.remove(norm)
             release(norm)
-        frozen = [m for n, m in self.norms if n not in trained and _has_statistics(m)]
+        # Another registry may hold the norm already, and a shared one is met twice.
+        free = [(n, m) for n, m in self.norms if not isinstance(m, HeldInEval)]
+        frozen = [m for n, m in free if n not in trained]
         self.held += [hold_in_eval(norm) for norm in frozen]
 
     def close(self, model: nn.Module) -> None:
         """Give the model back what it was before the first adapter."""
-        self.guard.remove()
+        for handle in (self.guard, *self.asking):
+            handle.remove()
         for module in reversed(self.held):
             release(module)
         for name, parameter in model.named_parameters():
@@ -102,8 +105,3 @@ def _refuse_partial(
         own = {f"{prefix}{name}" for name in adapter.added_keys()}
         lost = own - state.keys() - set(missing) if own & state.keys() else ()
         missing.extend(map(Unforgivable, sorted(lost)))
-
-
-def _has_statistics(norm: Any) -> bool:
-    # Another registry may hold the norm already, and a shared one is met twice.
-    return norm.track_running_stats and not isinstance(norm, HeldInEval)

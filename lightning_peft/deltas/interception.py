@@ -146,14 +146,26 @@ def _attended(host: Any, chain: _Chain, weighted: _Product | None, result: Tenso
 
     inputs = (scores.product.first, scores.product.second, weighted.second)
     output = through_deltas(base, host)(host, *inputs, None, is_causal=False)[0]
-    output = output.transpose(1, 2) if result.dim() == 4 else output.transpose(1, 2)[0]
-    return output.permute(_inverse(weighted.order))
+    return _as_like(output.transpose(1, 2), result).permute(_inverse(weighted.order))
 
 
 def _by_tokens(result: Tensor, order: tuple[int, ...]) -> Tensor:
     """Return what a host computed as `(batch, tokens, heads, d_value)`."""
-    result = result.permute(order)
-    return (result if result.dim() == 4 else result[None]).transpose(1, 2)
+    return _by_heads(result.permute(order)).transpose(1, 2)
+
+
+def _by_heads(x: Tensor) -> Tensor:
+    """Return rows folded into heads, or windows behind heads, as `(batch, heads, tokens, d)`."""
+    if x.dim() == 5:
+        return x.transpose(1, 2).flatten(0, 1)
+    return x if x.dim() == 4 else x[None]
+
+
+def _as_like(x: Tensor, like: Tensor) -> Tensor:
+    """Undo `_by_heads`."""
+    if like.dim() == 5:
+        return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+    return x if like.dim() == 4 else x[0]
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
@@ -230,9 +242,9 @@ def _flat(args: Any) -> list[Any]:
     return [x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,))]
 
 
-def _fits(*operands: Any) -> bool:
+def _fits(*operands: Any, dims: tuple[int, ...] = (3, 4)) -> bool:
     return all(
-        isinstance(x, Tensor) and x.dim() in (3, 4) and not isinstance(x, nn.Parameter)
+        isinstance(x, Tensor) and x.dim() in dims and not isinstance(x, nn.Parameter)
         for x in operands
     )
 
@@ -240,7 +252,7 @@ def _fits(*operands: Any) -> bool:
 def _matmul(func: Any, args: Any, kwargs: dict[str, Any]) -> Callable[[bool], _Product | None]:
     def product(by_keys: bool) -> _Product | None:
         operands = (*args, *kwargs.values())
-        if len(operands) != 2 or not _fits(*operands):
+        if len(operands) != 2 or not _fits(*operands, dims=(3, 4, 5)):
             return None
         return _as_product(*operands, by_keys, func)
 
@@ -264,11 +276,10 @@ def _as_product(
     """Return a product over the last dimension of the first operand; `by_keys` for q kᵀ."""
 
     def with_second(a: Tensor, rows: Tensor) -> Tensor:
-        rows = rows if second.dim() == 4 else rows[0]
+        rows = _as_like(rows, second)
         return multiply(a, rows.transpose(-2, -1) if by_keys else rows)
 
-    rows = second.transpose(-2, -1) if by_keys else second
-    rows = rows if rows.dim() == 4 else rows[None]
+    rows = _by_heads(second.transpose(-2, -1) if by_keys else second)
     return _Product(first, rows, with_second, tuple(range(max(first.dim(), second.dim()))))
 
 

@@ -111,17 +111,19 @@ def read_by_parents(model: nn.Module) -> set[str]:
 def _children_read(cls: type) -> frozenset[str]:
     """Return the attributes of which the code of a class reads `weight`, by its source."""
     own = [c for c in cls.__mro__ if not c.__module__.startswith(("torch.nn.", "builtins"))]
-    code = [f for c in own for f in map(_code, vars(c).values()) if f and "weight" in f.co_names]
+    code = [f for c in own for f in map(code_of, vars(c).values()) if f and "weight" in f.co_names]
     running = [f for f in code if "init" not in f.co_name and "tie" not in f.co_name]
-    return frozenset(name for each in running for name in _READ.findall(_source(each)))
+    return frozenset(name for each in running for name in _READ.findall(source_of(each)))
 
 
-def _code(value: object) -> types.CodeType | None:
+def code_of(value: object) -> types.CodeType | None:
+    """Return the code of a function, that under its decorators."""
     function = inspect.unwrap(value) if inspect.isfunction(value) else value
     return getattr(function, "__code__", None)
 
 
-def _source(code: types.CodeType) -> str:
+def source_of(code: types.CodeType) -> str:
+    """Return the text that code was compiled from, where there is one."""
     try:
         return inspect.getsource(code)
     except (OSError, TypeError):  # a class typed into an interpreter
@@ -202,8 +204,8 @@ def uncrossed(model: nn.Module) -> tuple[str, ...]:
 @functools.cache
 def _given_states(cls: type) -> frozenset[str]:
     """Return the attributes that the code of a class calls with an encoder's states."""
-    code = _code(inspect.getattr_static(cls, "forward", None))
-    calls = _GIVEN.findall(_source(code)) if code else []
+    code = code_of(inspect.getattr_static(cls, "forward", None))
+    calls = _GIVEN.findall(source_of(code)) if code else []
     return frozenset(name for name, given in calls if _STATES in given)
 
 

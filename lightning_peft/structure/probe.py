@@ -9,6 +9,7 @@ which says all by its attributes.
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -288,11 +289,27 @@ def _ids(model: Any, ids: Sequence[int]) -> Tensor:
 
 def _pixels(model: Any, ids: Sequence[int]) -> Tensor | None:
     config = getattr(model.config, "vision_config", model.config)
+    if (shape := _patches(model, ids)) is not None:
+        count, width = int(shape.prod()), config.num_channels * config.patch_size**2
+        return torch.randn(1, count, width, device=model.device, dtype=model.dtype)
     size = getattr(config, "image_size", None) or 224
     size = tuple(size.values()) if isinstance(size, dict) else size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     channels: int = getattr(config, "num_channels", 3)
     return _noise(model, channels, height, width)
+
+
+def _patches(model: Any, ids: Sequence[int]) -> Tensor | None:
+    """Return how many rows and columns of patches there are, where a model takes patches."""
+    config = getattr(model.config, "vision_config", model.config)
+    if "spatial_shapes" not in inspect.signature(model.forward).parameters:
+        return None
+    return torch.full((1, 2), math.isqrt(config.num_patches), device=model.device)
+
+
+def _patch_mask(model: Any, ids: Sequence[int]) -> Tensor | None:
+    shape = _patches(model, ids)
+    return None if shape is None else shape.new_ones(1, int(shape.prod()))
 
 
 def _noise(model: Any, *shape: int) -> Tensor:
@@ -314,6 +331,8 @@ def _boxes(model: Any, ids: Sequence[int]) -> Tensor:
 _MAKERS: dict[str, Callable[[Any, Sequence[int]], Tensor | None]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
+    "pixel_attention_mask": _patch_mask,
+    "spatial_shapes": _patches,
     "bbox": _boxes,
     "visual_feats": lambda model, _: _noise(model, 4, model.config.visual_feat_dim),
     "visual_pos": lambda model, _: _noise(model, 4, model.config.visual_pos_dim),

@@ -92,6 +92,8 @@ def _calibrate(model: nn.Module, inputs: dict[str, Tensor]) -> None:
             model.train()(**inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        if norm.running_var is not None:  # what never varied would be blown up once it does
+            norm.running_var.clamp_(min=0.01)
 
 
 @contextlib.contextmanager

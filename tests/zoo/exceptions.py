@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "LayoutLMv3Config": {"coordinate_size": 6, "shape_size": 4, "input_size": 32},
-    "LevitConfig": {"image_size": 64, "patch_size": 16},
+    "LevitConfig": {"image_size": 128, "patch_size": 16},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LiltConfig": {"hidden_size": 48},
     "Mamba2Config": {"num_heads": 8},

@@ -34,7 +34,7 @@ class Outcome:
     """The error, or what was wrong."""
 
     idle: tuple[str, ...] = ()
-    """Hosts of deltas that the inputs never reach, for which the base has no gradient either."""
+    """What the inputs never reach: the base, when it is trained itself, has no gradient there."""
 
 
 def methods_of(name: str) -> list[Method]:
@@ -69,7 +69,7 @@ def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
     adapter = inject(cell.model, methods)
     moved = _step(cell, adapter)
     still = {name for name in adapter.named_parameters() if name not in moved | heads}
-    idle = tuple(sorted(n for n in still if _host(n) in unreached))
+    idle = tuple(sorted(n for n in still if {n, _host(n)} & unreached))
     wrong = [f"no gradient: {_some(still - set(idle))}"] if still - set(idle) else []
     if not moved - heads:
         wrong.append("nothing but the head was trained")
@@ -85,13 +85,13 @@ def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
 
 
 def _unreached(cell: Cell) -> set[str]:
-    """Return the modules without a gradient even when all of the base is trained.
+    """Return the modules and parameters without a gradient even when all of the base is trained.
 
-    What is no matrix only counts of modules that own none, such as norms.
+    Of a module what is no matrix only counts where it owns none, such as norms.
     """
     twin = replace(cell, model=copy.deepcopy(cell.model).train())  # some have no loss in eval mode
     twin.loss().backward()
-    owned, reached, simple = set(), set(), set()
+    owned, reached, simple, silent = set(), set(), set(), set()
     for name, parameter in twin.model.named_parameters(remove_duplicate=False):
         if parameter.dim() > 1:
             parts = name.split(".")[:-1]
@@ -100,7 +100,9 @@ def _unreached(cell: Cell) -> set[str]:
             reached |= above if parameter.grad is not None and bool(parameter.grad.any()) else set()
         elif parameter.grad is None or not parameter.grad.any():
             simple.add(name.rpartition(".")[0])
-    return (owned - reached) | (simple - owned)
+        if parameter.grad is None or not parameter.grad.any():
+            silent.add(name)
+    return (owned - reached) | (simple - owned) | silent
 
 
 def _step(cell: Cell, adapter: Adapter) -> set[str]:
