@@ -1,5 +1,6 @@
 """What merging did to the logits, measured on inputs, and what is accepted."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,13 +85,18 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, f
 
     What is infinite in both alike (a masked logit) does not count; what became so does.
     """
-    old, new = (torch.cat([t.double().flatten().cpu() for t in ts]) for ts in (before, after))
-    finite = ~((old == new) & old.isinf())
-    gap, size = (new - old)[finite], old[finite].norm()
-    if not gap.isfinite().all():
-        return float("inf"), float("inf")
-    relative = (gap.norm() / size).item() if size else float(bool(gap.norm()))
-    return gap.abs().max().item() if len(gap) else 0.0, relative
+    largest = gap_square = size_square = 0.0
+    for old, new in zip(before, after, strict=True):
+        finite = ~((old == new) & old.isinf())
+        size, gap = old[finite].double(), (new.double() - old.double())[finite]
+        if not gap.isfinite().all():
+            return float("inf"), float("inf")
+        largest = max(largest, gap.abs().max().item() if len(gap) else 0.0)
+        gap_square += gap.square().sum().item()
+        size_square += size.square().sum().item()
+    if not size_square:
+        return largest, float("inf") if gap_square else 0.0
+    return largest, math.sqrt(gap_square / size_square)
 
 
 def precision(model: nn.Module) -> tuple[str, float]:

@@ -34,6 +34,20 @@ def method_of(path: Path) -> list[Method]:
     return [instantiate(spec) for spec in config.values()]
 
 
+def cells() -> list[Any]:
+    """Return each method in two dtypes, one of them marked slow."""
+    return [
+        pytest.param(
+            path,
+            dtype,
+            id=f"{path.stem}-{dtype}",
+            marks=() if (i + j) % 2 else pytest.mark.slow,
+        )
+        for i, path in enumerate(METHODS)
+        for j, dtype in enumerate(("float32", "bfloat16"))
+    ]
+
+
 def bits(model: nn.Module) -> dict[str, Tensor]:
     state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     return {n: t.detach().clone().contiguous().view(torch.uint8) for n, t in state.items()}
@@ -51,8 +65,7 @@ def trained(example: Any, methods: Any, name: str = "default", head: bool = True
     return adapter
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("path", "dtype"), cells())
 def test_every_method_is_merged_and_unmerged(path: Path, dtype: str, build: Build) -> None:
     example = build("bert")
     adapter = trained(example, method_of(path))
@@ -259,6 +272,7 @@ def test_what_became_infinite_counts() -> None:
     assert compare([masked], [masked.clone()]) == (0.0, 0.0)
     assert compare([masked], [torch.tensor([float("nan"), float("-inf")])])[1] == float("inf")
     assert compare([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])]) == (1.0, 0.2)
+    assert compare([torch.zeros(2)], [torch.ones(2)]) == (1.0, float("inf"))
 
 
 class Packed(nn.Parameter):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ def _refuse(model: Any, folder: Path) -> None:
 
 
 def _save(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
-    with _as_plain(model), _in_dtype(model, dtype):
+    with _as_plain(model), _in_dtype(model, dtype), _quietly():
         model.save_pretrained(folder)
 
 
@@ -123,9 +124,10 @@ def _in_dtype(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
 
 def _reloaded(model: Any, folder: Path, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return how far what the folder holds is from the model, which must be near enough."""
-    again: Any = type(model).from_pretrained(
-        folder, dtype="auto", attn_implementation=model.config._attn_implementation
-    )
+    with _quietly():
+        again: Any = type(model).from_pretrained(
+            folder, dtype="auto", attn_implementation=model.config._attn_implementation
+        )
     again.to(model.device)
     name, tolerance = precision(again)
     again.to(model.dtype) if name != "quantised" else again
@@ -137,3 +139,18 @@ def _reloaded(model: Any, folder: Path, batches: Sequence[Batch]) -> dict[str, A
             f" {relative:.1e} of their norm, but {tolerance:.0e} is the limit in {name}."
         )
     return {"dtype": name, "absolute": absolute, "relative": relative, "tolerance": tolerance}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Show no bars of transformers where no person watches."""
+    from transformers.utils import logging
+
+    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()

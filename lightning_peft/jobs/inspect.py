@@ -84,7 +84,8 @@ def _show(found: Mapping[str, Any], console: Console, form: str) -> None:
     if form == "json":
         console.print(json.dumps(found, indent=2, default=str), highlight=False, soft_wrap=True)
         return
-    table = Table(title=Text(f"{found['path']}: {found['kind']}"), title_justify="left")
+    title = Text(f"{found['path']}: {found['kind']}")
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column("", no_wrap=True, style="cyan")
     table.add_column(overflow="fold")
     for name, value in found.items():
