@@ -5,24 +5,23 @@ adapter has in the model's own tensors (a head) stays where it is, so that an op
 keeps its parameters: the rows of the others read the base's values through `StandIn`s instead.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapter import Adapter
 from lightning_peft.delta import SLOT, Delta, Slot, attach, detach, slot_of
 from lightning_peft.deltas.cached_keys import CachedKeys
-from lightning_peft.deltas.mixed import Apart, Mixture, Parting, overrides
+from lightning_peft.deltas.mixed import APART, Apart, Batch, Mixture, Parting, overrides
 from lightning_peft.deltas.ragged import reaching
 from lightning_peft.deltas.virtual_tokens import Enter, Leave, Virtual
-from lightning_peft.marker import subclass, superclass
+from lightning_peft.marker import subclass, without
 from lightning_peft.ops.rows import Key, Plan
-from lightning_peft.registry import Registry, modules_of
+from lightning_peft.registry import Forgetful, Registry, modules_of
 from lightning_peft.scaling import Part
 from lightning_peft.structure import anatomy, batch
-
-_APART = "_peft_apart"
 
 Signs = Mapping[Key, Hashable]
 
@@ -44,93 +43,138 @@ class StandIn(Delta):
         return tensors.get(name, weight)
 
 
-class Mix:
-    """The state of a model while its batches are mixed.
+class Scene:
+    """What acts on a model whose rows have certain adapters, whichever row has which.
 
     Args:
         model: which carries the adapters.
         present: its adapters.
-        keys: the adapters of each row.
+        keys: what the rows have.
     """
 
-    def __init__(self, model: nn.Module, present: Registry, keys: Sequence[Key]) -> None:
-        self.model, self.present = model, present
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.plan = Plan(keys, device)
-        self.stand_ins: list[tuple[nn.Module, str]] = []
-        self.slots: list[tuple[str, Slot, list[Delta]]] = []
-        self.marked: list[tuple[nn.Module, Any]] = []
-
-    def enter(self) -> None:
-        """Put the mixtures in place."""
-        modules = modules_of(self.model)
+    def __init__(self, model: nn.Module, present: Registry, keys: Collection[Key]) -> None:
+        self.model, self.present, self.keys = model, present, keys
+        self.batch = Batch()
+        self.stand_ins: list[tuple[nn.Module, str, StandIn]] = []
+        self.running: list[tuple[nn.Module, list[Delta]]] = []
+        self.partings: list[tuple[nn.Module, Parting]] = []
+        modules = modules_of(model)
         acts = self._acting(modules)
-        for name, host in _hosts(modules).items():
-            self.slots.append((name, slot_of(host), slot_of(host).running))
-            slot_of(host).running = []
+        with self._stood_in():
+            self._fill(modules, acts)
+
+    @contextmanager
+    def entered(self, plan: Plan) -> Iterator[None]:
+        """Within this context the rows of `plan` act."""
+        outer, self.batch.plan = self.batch.plan, plan
+        with ExitStack() as stack:
+            stack.callback(setattr, self.batch, "plan", outer)
+            stack.enter_context(self._stood_in())
+            for host, running in self.running:
+                slot = slot_of(host)
+                stack.callback(_let_run, slot, slot.running)
+                slot.running = running
+            for module, parting in self.partings:
+                stack.callback(_let_part, module, module.__dict__.get(APART))
+                _let_part(module, parting)
+            yield
+
+    def _fill(self, modules: Mapping[str, nn.Module], acts: Acting) -> None:
         rowless, read = self._rowless(), anatomy.read_by_parents(self.model)
         partings: dict[str, list[Signs]] = {}
         mixtures: dict[str, Mixture] = {}
-        for name, slot, _ in self.slots:
-            chains = reaching({key: _chain(slot, acts, key) for key in set(self.plan.keys)})
-            if any(chains.values()):
-                wholly = name in rowless
-                signs = _distinct({key: _sign(chain, wholly) for key, chain in chains.items()})
-                read_outside = name in read or anatomy.is_uncalled(modules[name])
-                place = name.rpartition(".")[0] if read_outside else name
-                place = rowless.get(place, place)
-                mixtures[name] = Mixture(name, self.plan, chains, signs if place == name else None)
-                slot.running = [mixtures[name]]
-                partings.setdefault(place, []).extend([signs] if signs else [])
+        for name, host in _hosts(modules).items():
+            slot = slot_of(host)
+            chains = reaching({key: _chain(slot, acts, key) for key in self.keys})
+            self.running.append((host, []))
+            if not any(chains.values()):
+                continue
+            signs = _distinct({k: _sign(chain, name in rowless) for k, chain in chains.items()})
+            outside = name in read or anatomy.is_uncalled(host)
+            place = name.rpartition(".")[0] if outside else name
+            place = rowless.get(place, place)
+            own = signs if place == name else None
+            mixtures[name] = Mixture(name, self.batch, chains, own)
+            self.running[-1][1].append(mixtures[name])
+            partings.setdefault(place, []).extend([signs] if signs else [])
         for name, found in partings.items():
             if found:
-                merged = {key: tuple(signs[key] for signs in found) for key in found[0]}
-                self._mark(name, modules[name], merged, mixtures.get(name))
-
-    def leave(self) -> None:
-        """Put the deltas back."""
-        for module, outer in reversed(self.marked):
-            if outer is None:
-                del module.__dict__[_APART]
-                module.__class__ = superclass(type(module))
-            else:
-                module.__dict__[_APART] = outer
-        for _, slot, running in self.slots:
-            if any(isinstance(delta, Mixture) for delta in running):
-                slot.running = running  # this context lies in another one
-            else:
-                slot.refresh()
-        for module, key in reversed(self.stand_ins):
-            detach(module, key)
+                signs = {key: tuple(signs[key] for signs in found) for key in self.keys}
+                parting = Parting(name, self.batch, signs, mixtures.get(name), self._trained(name))
+                self.partings.append((modules[name], parting))
 
     def _acting(self, modules: Mapping[str, nn.Module]) -> Acting:
-        """Return by slot and name for which rows a delta acts; the base's stand-ins are put in."""
+        """Return for which rows a delta acts; the base's stand-ins are among what does."""
         acts: Acting = {}
         for adapter in self.present.values():
             acts |= {(id(slot), name): (adapter.name, True) for slot, name in adapter.placed()}
             for owner, tensors in adapter.replaced("mixed()").items():
                 host, key = modules[owner], f"{adapter.name}_base"
-                if SLOT not in host._modules or key not in slot_of(host):
-                    attach(host, key, StandIn(tensors))
-                    self.stand_ins.append((host, key))
-                acts[id(slot_of(host)), key] = adapter.name, False
+                self.stand_ins.append((host, key, stand_in := StandIn(tensors)))
+                acts[id(stand_in), ""] = adapter.name, False
         return acts
+
+    @contextmanager
+    def _stood_in(self) -> Iterator[None]:
+        added = []
+        try:
+            for host, key, stand_in in self.stand_ins:
+                if SLOT not in host._modules or key not in slot_of(host):
+                    attach(host, key, stand_in)
+                    added.append((host, key))
+            yield
+        finally:
+            for host, key in reversed(added):
+                detach(host, key)
 
     def _rowless(self) -> Mapping[str, str]:
         if self.present.rowless is None:
-            self.present.rowless = batch.rowless(self.model)
+            with ExitStack() as stack:
+                for adapter in self.present.values():
+                    if not adapter.is_disabled:
+                        stack.enter_context(adapter.disabled())
+                self.present.rowless = batch.rowless(self.model)
         return self.present.rowless
 
-    def _mark(self, name: str, module: nn.Module, signs: Signs, mixture: Mixture | None) -> None:
-        trained = [
-            key
-            for key in signs
-            if any(name == n.rpartition(".")[0] for a in key for n in self.present[a].in_place)
-        ]
-        self.marked.append((module, module.__dict__.get(_APART)))
-        if _APART not in module.__dict__:
-            module.__class__ = subclass(cast(type, type(module)), Apart)
-        module.__dict__[_APART] = Parting(name, self.plan, signs, mixture, trained)
+    def _trained(self, name: str) -> list[Key]:
+        """Return the keys of which an adapter trains a module in place."""
+        owners = {
+            n: {own.rpartition(".")[0] for own in a.in_place} for n, a in self.present.items()
+        }
+        return [key for key in self.keys if any(name in owners[adapter] for adapter in key)]
+
+
+def scene_of(model: nn.Module, present: Registry, keys: Collection[Key]) -> Scene:
+    """Return what acts on rows with `keys`, made once as long as the adapters stay as they are."""
+    state = next((p.device for p in model.parameters()), None), *map(_state, present.values())
+    kept: Scene | None
+    made_at, kept = present.scenes.get(frozenset(keys), (None, None))
+    if kept is None or made_at != state:
+        kept = Scene(model, present, keys)
+        present.scenes = Forgetful({frozenset(keys): (state, kept)})
+    return kept
+
+
+def _state(adapter: Adapter) -> tuple[Any, ...]:
+    placed = adapter.placed()
+    strength = next((slot[name].strength for slot, name in placed), 1.0)
+    return adapter, adapter.active, adapter.is_disabled, len(placed), strength
+
+
+def _let_run(slot: Slot, running: list[Delta]) -> None:
+    if any(isinstance(delta, Mixture) for delta in running):
+        slot.running = running  # this context lies in another one
+    else:
+        slot.refresh()
+
+
+def _let_part(module: nn.Module, parting: Parting | None) -> None:
+    if APART not in module.__dict__:
+        module.__class__ = subclass(cast(type, type(module)), Apart)
+    module.__dict__[APART] = parting
+    if parting is None:
+        del module.__dict__[APART]
+        module.__class__ = without(type(module), Apart)
 
 
 def _hosts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -143,7 +187,8 @@ def _chain(slot: Slot, acts: Acting, key: Key) -> list[Delta]:
     """Return what acts on the rows of a key, the base's own values first."""
     found = []
     for name, delta in slot.items():
-        adapter, present = acts.get((id(slot), name), ("", True))
+        place = (id(delta), "") if isinstance(delta, StandIn) else (id(slot), name)
+        adapter, present = acts.get(place, ("", True))
         if (adapter in key) == present:
             found.append(cast(Delta, delta))
     found.sort(key=lambda delta: not isinstance(delta, StandIn))

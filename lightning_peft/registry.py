@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from lightning_peft.adapter import Adapter
 
 
+class Forgetful(dict[Any, Any]):
+    """What is quickly made anew, and neither copied nor pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Forgetful, ()
+
+
 class Registry(dict[str, "Adapter"]):
     """The adapters of one model by name, and what the model was before the first of them."""
 
@@ -25,6 +32,7 @@ class Registry(dict[str, "Adapter"]):
         self.held: list[nn.Module] = []
         self.asking = [ask_for_gradient(module) for module in recomputing(model)]
         self.rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
+        self.scenes = Forgetful()
         self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
 
     def hold_norms(self) -> None:

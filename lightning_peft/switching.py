@@ -1,13 +1,15 @@
 """Which of the adapters that a model carries act, on all rows of a batch or on some."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lightning_peft.errors import AdapterError, near_misses
-from lightning_peft.mixing import Mix
+from lightning_peft.mixing import scene_of
+from lightning_peft.ops.rows import Plan
 from lightning_peft.registry import adapters_of, refuse_clash, registry_of
 
 if TYPE_CHECKING:
@@ -72,12 +74,9 @@ def mixed(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
         refuse_clash([present[name] for name in key])
         if off := [name for name in key if present[name].is_disabled]:
             raise AdapterError(f"`mixed` needs adapter `{off[0]}`, but is within its `disabled()`.")
-    mix = Mix(carrier, present, keys)
-    try:
-        mix.enter()
+    plan = Plan(keys, next((p.device for p in carrier.parameters()), torch.device("cpu")))
+    with scene_of(carrier, present, plan.distinct).entered(plan):
         yield model
-    finally:
-        mix.leave()
 
 
 def _key(row: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -90,8 +89,10 @@ def _present(model: nn.Module) -> Mapping[str, "Adapter"]:
     return registry_of(model) if "_adapters" in model.__dict__ else adapters_of(model)
 
 
-def _carrier(model: nn.Module, names: Collection[str]) -> nn.Module:
+def _carrier(model: nn.Module, names: set[str]) -> nn.Module:
     """Return the one module that all of the adapters were injected into."""
+    if names <= model.__dict__.get("_adapters", {}).keys():
+        return model
     present = adapters_of(model)
     carriers = {id(a.model): a.model for n, a in present.items() if n in names or not names}
     if len(carriers) > 1:

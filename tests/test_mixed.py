@@ -14,10 +14,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_peft import Adapter, inject, mixed, switch
+from lightning_peft import Adapter, BottleneckAdapter, LoRA, inject, mixed, switch
 from lightning_peft.config import instantiate
 from lightning_peft.errors import TargetError
 from lightning_peft.method import Method
+from lightning_peft.methods import BitFit, FullFineTuning
 from tests.catalogue import METHODS
 
 Build = Callable[[str], Any]
@@ -138,4 +139,27 @@ def test_each_row_is_as_with_its_adapter_alone(path: Path, kind: str, build: Bui
         weighted(example.output()).backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], one_by_one(example, [None] * len(ROWS))[0], atol=1e-4)
+    torch.testing.assert_close(gradients(adapters), wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2_classifier", "bart", "swin", "resnet", "cnn", "mlp", "tagger"]
+)
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(r=2), BottleneckAdapter(size=4), BitFit(), FullFineTuning(keep_original=True)],
+    ids=["lora", "bottleneck", "bitfit", "full"],
+)
+def test_other_models(name: str, method: Method, build: Build) -> None:
+    example = build(name)
+    widened(example, len(ROWS))
+    try:
+        adapters = filled(example, "ab", method)
+    except TargetError as error:
+        pytest.skip(str(error))
+    expected, wanted = one_by_one(example, ROWS), alone(example, ROWS, adapters)
+    with mixed(example.model, ROWS):
+        found = example.logits()
+        weighted(example.output()).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients(adapters), wanted, rtol=1e-3, atol=1e-5)

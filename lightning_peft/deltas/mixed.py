@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,18 +31,34 @@ _NORM = nn.modules.batchnorm._NormBase
 _CACHES = ("past_key_values", "cache_params", "past_key_value", "layer_past", "mems")
 
 
+APART = "_peft_apart"
+"""Under this name an `Apart` module keeps its `Parting`."""
+
+
+class Batch:
+    """Which rows go through a model at this time."""
+
+    def __init__(self) -> None:
+        self.plan = Plan([()], torch.device("cpu"))
+
+    def current(self) -> Plan:
+        """Return the plan of the batch, or of the part of it that this thread's pass is in."""
+        part: Plan | None = getattr(_RUNNING, "part", None)
+        return part if part is not None and part.whole is self.plan else self.plan
+
+
 class Mixture(Delta):
     """Stands in for the deltas of one host, each for the rows of its adapter.
 
     Args:
         where: the host's name.
-        plan: which rows have which adapters.
+        batch: which rows have which adapters.
         changes: the deltas that act on the rows of each key, in order.
         signs: which keys may go through the host's forward pass together; None for all.
     """
 
     where: str
-    plan: Plan
+    batch: Batch
     changes: Mapping[Key, Sequence[Delta]]
     signs: Mapping[Key, Hashable] | None
     stack: Stack | None
@@ -49,24 +66,24 @@ class Mixture(Delta):
     def __init__(
         self,
         where: str,
-        plan: Plan,
+        batch: Batch,
         changes: Mapping[Key, Sequence[Delta]],
         signs: Mapping[Key, Hashable] | None = None,
     ) -> None:
         super().__init__()
         acting = [delta for chain in changes.values() for delta in chain]
         # Not as children: the deltas stay children of their slot alone.
-        self.__dict__.update(where=where, plan=plan, changes=changes, signs=signs)
+        self.__dict__.update(where=where, batch=batch, changes=changes, signs=signs)
         self.reads = any(overrides(delta, "before") for delta in acting)
         self.writes = any(overrides(delta, "forward") for delta in acting)
         self.attends = any(overrides(delta, "attend") for delta in acting)
-        self.__dict__["stack"] = stack_of(plan, changes)
+        self.__dict__["stack"] = stack_of(changes)
 
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Return the inputs, each row changed by its adapter."""
-        plan = current(self.plan)
+        plan = self.batch.current()
         if not self.reads or self._apart(plan):
             return args, kwargs
         if plan.sole is not None:
@@ -80,14 +97,14 @@ class Mixture(Delta):
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return the output, each row changed by its adapter."""
-        plan = current(self.plan)
+        plan = self.batch.current()
         if not self.writes or self._apart(plan):
             return output
         if plan.sole is not None:
             return self._after(plan.sole, host, args, kwargs, output)
         length = plan.length((args, kwargs), self.where)
-        if self.stack is not None and plan is self.plan and length > 1 and _plain(output):
-            return self.stack.add(args, kwargs, output)
+        if self.stack is not None and length > 1 and _plain(output):
+            return self.stack.add(plan, args, kwargs, output)
         outer, parts = plan.length(output, self.where), plan.parts()
         changed = [
             self._after(
@@ -102,7 +119,7 @@ class Mixture(Delta):
 
     def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
         """Return a weight as the rows that go through the host at this time have it."""
-        plan = current(self.plan)
+        plan = self.batch.current()
         if plan.sole is None:  # asked for by others: its dtype, its device
             return weight
         for delta in self.changes[plan.sole]:
@@ -120,7 +137,7 @@ class Mixture(Delta):
         **kwargs: Any,
     ) -> Any:
         """Return what attention gives, each row with its adapter's keys and values."""
-        plan = current(self.plan)
+        plan = self.batch.current()
         if not self.attends:
             return base(host, query, key, value, mask, **kwargs)
         if plan.sole is not None:
@@ -197,7 +214,7 @@ class Apart:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the host's own forward pass on the rows of each part."""
-        return self.__dict__["_peft_apart"].run(self, super().forward, args, kwargs)  # type: ignore[misc]
+        return self.__dict__[APART].run(self, super().forward, args, kwargs)  # type: ignore[misc]
 
 
 class Parting:
@@ -205,7 +222,7 @@ class Parting:
 
     Args:
         where: the module's name.
-        plan: which rows have which adapters.
+        batch: which rows have which adapters.
         signs: keys of equal sign run together.
         mixture: the module's own deltas, if it has any.
         trained: of a normalisation with statistics, the keys that train it.
@@ -214,19 +231,19 @@ class Parting:
     def __init__(
         self,
         where: str,
-        plan: Plan,
+        batch: Batch,
         signs: Mapping[Key, Hashable],
         mixture: Mixture | None,
         trained: Sequence[Key],
     ) -> None:
-        self.where, self.plan, self.signs, self.mixture = where, plan, signs, mixture
+        self.where, self.batch, self.signs, self.mixture = where, batch, signs, mixture
         self.trained = trained
 
     def run(
         self, host: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Return what the module gives for the rows of all parts."""
-        plan = current(self.plan)
+        plan = self.batch.current()
         parts = plan.parts(self.signs)
         if len(parts) == 1:
             with self._mode(host, parts[0]):
@@ -285,12 +302,6 @@ class Parting:
                 f"The rows cannot go apart through `{self.where or 'the model'}`, as their "
                 f"adapters need, since {reason}, or run the rows of each adapter by themselves."
             )
-
-
-def current(plan: Plan) -> Plan:
-    """Return the part of a plan that the present forward pass is in."""
-    part = getattr(_RUNNING, "part", None)
-    return part if part is not None and part.whole is plan else plan
 
 
 @contextlib.contextmanager

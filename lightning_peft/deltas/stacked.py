@@ -15,24 +15,27 @@ from lightning_peft.ops.stacked import add_stacked
 
 
 class Stack:
-    """Low-rank products, and which of them each row of a batch has.
+    """The low-rank products of several adapters beside one host.
 
     Args:
-        products: of all adapters, beside the same host.
-        places: for each row which of them it has; one more than the last for none.
+        products: of each key that has one.
     """
 
-    def __init__(self, products: Sequence[Product], places: Tensor) -> None:
-        self.products, self.places = tuple(products), places
+    def __init__(self, products: Mapping[Key, Product]) -> None:
+        self.keys, self.products = tuple(products), tuple(products.values())
+        scales = [product.scale for product in self.products]
+        self.scales = torch.tensor([*scales, 1.0]).view(-1, 1, 1)
         self._kept: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
 
-    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def add(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         """Return the output of the host with each row's product added."""
         x, first = first_input(args, kwargs), self.products[0]
         if first.dropout and first.training:
             x = F.dropout(x, first.dropout)
         a, b = self._factors()
-        places = self.places.to(x.device)
+        places = plan.places(self.keys).to(x.device)
         return add_stacked(output, x, a[places], b[places])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -50,24 +53,18 @@ class Stack:
         r = max(len(a) for a, _ in factors)
         a = [F.pad(a, (0, 0, 0, r - len(a))) if len(a) < r else a for a, _ in factors]
         b = [F.pad(b, (0, r - b.shape[1])) if b.shape[1] < r else b for _, b in factors]
-        scales = [product.scale for product in self.products]
-        ups = torch.stack([*b, torch.zeros_like(b[0])])
-        if any(scale != 1 for scale in scales):
-            ups = ups * ups.new_tensor([*scales, 1.0]).view(-1, 1, 1)
+        ups = torch.stack([*b, torch.zeros_like(b[0])]) * self.scales.to(b[0])
         return torch.stack([*a, torch.zeros_like(a[0])]), ups
 
 
-def stack_of(plan: Plan, changes: Mapping[Key, Sequence[Delta]]) -> Stack | None:
-    """Return the products of all rows as one stack, where there is nothing but such products."""
+def stack_of(changes: Mapping[Key, Sequence[Delta]]) -> Stack | None:
+    """Return the products of all keys as one stack, where there is nothing but such products."""
     chains = {key: chain for key, chain in changes.items() if chain}
     if not chains or any(len(c) != 1 or not _is_product(c[0]) for c in chains.values()):
         return None
-    products = [cast(Product, chain[0]) for chain in chains.values()]
-    if len({(product.dropout, product.training) for product in products}) > 1:
-        return None
-    names = list(chains)
-    places = [names.index(key) if key in chains else len(names) for key in plan.keys]
-    return Stack(products, torch.tensor(places, device=plan.device))
+    products = {key: cast(Product, chain[0]) for key, chain in chains.items()}
+    alike = len({product.dropout for product in products.values()}) == 1
+    return Stack(products) if alike else None
 
 
 def _is_product(delta: Delta) -> bool:

@@ -42,15 +42,21 @@ class Plan:
         whole: "Plan | None" = None,
     ) -> None:
         self.keys, self.device, self.rows = tuple(keys), device, tuple(rows)
+        self.size, self.distinct = len(self.keys), tuple(dict.fromkeys(self.keys))
+        self.sole = self.distinct[0] if len(self.distinct) == 1 else None
+        """The adapters of all rows, if they are the same; None otherwise."""
         self.whole: Plan = self if whole is None else whole
         self.index = torch.tensor(self.rows, device=device)
+        self._places: dict[tuple[Key, ...], Tensor] = {}
         self._parts: dict[Hashable, list[Plan]] = {}
         self._back: dict[Hashable, Tensor | None] = {}
 
-    @property
-    def sole(self) -> Key | None:
-        """The adapters of all rows, if they are the same; None otherwise."""
-        return self.keys[0] if len(set(self.keys)) == 1 else None
+    def places(self, keys: tuple[Key, ...]) -> Tensor:
+        """Return for each row where its key stands among `keys`; behind them, if it does not."""
+        if keys not in self._places:
+            at = [keys.index(key) if key in keys else len(keys) for key in self.keys]
+            self._places[keys] = torch.tensor(at, device=self.device)
+        return self._places[keys]
 
     def parts(self, signs: Mapping[Key, Hashable] | None = None) -> "list[Plan]":
         """Return the rows whose keys have the same sign, or are the same, as plans of their own."""
@@ -73,9 +79,9 @@ class Plan:
         """
         found = first_tensor(value)
         length = 1 if found is None else found.size(0)
-        if length % len(self.keys) and length != 1:
+        if length % self.size and length != 1:
             raise AdapterError(
-                f"`{where or 'the model'}` gets {length} rows, but there are {len(self.keys)} "
+                f"`{where or 'the model'}` gets {length} rows, but there are {self.size} "
                 "names: give one for each row of the batch; what does not have the rows first "
                 "cannot be mixed."
             )
@@ -133,7 +139,7 @@ class Plan:
         if x.is_nested:
             rows = x.unbind()
             return torch.nested.as_nested_tensor([rows[i] for i in part.rows])
-        times, (start, stop) = x.shape[dim] // len(self.keys), (part.rows[0], part.rows[-1] + 1)
+        times, (start, stop) = x.shape[dim] // self.size, (part.rows[0], part.rows[-1] + 1)
         if stop - start == len(part.rows):
             found = x.narrow(dim, start * times, (stop - start) * times)
         elif times == 1:
@@ -178,7 +184,7 @@ class Plan:
         back = self._order(parts)
         if back is None:
             return x
-        times, back = x.shape[dim] // len(self.keys), back.to(x.device)
+        times, back = x.shape[dim] // self.size, back.to(x.device)
         if times == 1:
             return x.index_select(dim, back)
         return x.unflatten(dim, (-1, times)).index_select(dim, back).flatten(dim, dim + 1)
