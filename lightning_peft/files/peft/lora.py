@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -66,13 +66,9 @@ class LowRankSpelling(Spelling):
         bias = {theirs: ours for ours, theirs in _BIAS.items()}.get(settings.take("bias", "none"))
         if bias is None:
             raise settings.refusal("bias", f"must be one of {', '.join(_BIAS.values())}")
-        lora = LoRA(
-            **common,
-            rslora=settings.take("use_rslora", False),
-            bias=bias,  # type: ignore[arg-type]
-            rank_pattern=pattern_settings(settings, "rank_pattern", hosts, common["r"]),
-            alpha_pattern=pattern_settings(settings, "alpha_pattern", hosts, common["alpha"]),
-        )
+        root = settings.take("use_rslora", False)
+        patterns = pattern_settings(settings, hosts, common["r"], common["alpha"], root)
+        lora = LoRA(**common, rslora=root, bias=bias, **patterns)  # type: ignore[arg-type]
         return [lora, *_tokens(settings, model)]
 
     def entries(self, part: Part) -> list[Entry]:
@@ -113,7 +109,7 @@ def lora_config(part: Part, found: Sequence[Place], rslora: bool = False) -> dic
     }
 
 
-def common_settings(settings: Settings, model: nn.Module, hosts: Sequence[str]) -> dict[str, Any]:
+def common_settings(settings: Settings, model: nn.Module, hosts: Collection[str]) -> dict[str, Any]:
     """Take what all of LoRA's family read, and return it as our settings.
 
     Raises:
@@ -166,7 +162,7 @@ def _most_common(values: Mapping[str, _Value]) -> _Value:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def plain_settings(settings: Settings, model: nn.Module, hosts: Sequence[str]) -> dict[str, Any]:
+def plain_settings(settings: Settings, model: nn.Module, hosts: Collection[str]) -> dict[str, Any]:
     """Return `common_settings` for a method that scales by alpha / r alone.
 
     Raises:

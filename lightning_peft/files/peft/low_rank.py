@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.deltas.hosts import Parts
 from lightning_peft.deltas.low_rank import Product, Site
 from lightning_peft.deltas.sites import Table
+from lightning_peft.errors import AdapterError
 from lightning_peft.files.peft import names
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import (
@@ -26,6 +28,7 @@ from lightning_peft.files.peft.spelling import (
     Entry,
     Inexpressible,
     Part,
+    State,
     constant,
     require_shape,
     same,
@@ -34,6 +37,10 @@ from lightning_peft.structure import anatomy
 from lightning_peft.structure.anatomy import is_conv1d
 
 _OUTPUT = ".out_proj"
+_FUSED = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
@@ -72,29 +79,46 @@ def places(part: Part) -> list[Place]:
 
 
 def _places(part: Part, host: str, delta: Any) -> Iterator[Place]:
+    _refuse_taken(part, host, delta)
     prefix, module = part.key(host, ""), part.host(host)
-    kind = getattr(getattr(part.model, "config", None), "model_type", "")
-    if kind in _MAMBA and host.rpartition(".")[2] in ("out_proj", "conv1d"):
-        raise Inexpressible(f"peft refuses to adapt `{host}` of a model of type {kind}.")
     if isinstance(delta, Product):
         yield Place(host, delta, prefix, host)
         return
-    if not isinstance(delta, Parts):
-        raise Inexpressible(f"peft has no counterpart of `{type(delta).__name__}`.")
     products: Any = dict(delta.named_children())
     for depth, (name, product) in enumerate(reversed(products.items())):
-        path, parameter, attention = host, None, None
-        if isinstance(module, nn.MultiheadAttention):
-            if name != "in_proj_weight":
-                raise Inexpressible(f"peft cannot adapt `{name}` of `{host}`.")
-        elif anatomy.is_uncalled(module):
-            attention = host.removesuffix(_OUTPUT)
-            path = f"{attention}.base_layer{_OUTPUT}"
-            if attention not in part.deltas:
-                raise Inexpressible(f"peft adapts `{host}` only together with `{attention}`.")
+        ours = f"{prefix}{name}."
+        if isinstance(module, nn.MultiheadAttention) and name != "in_proj_weight":
+            raise Inexpressible(f"peft cannot adapt `{name}` of `{host}`.")
+        if anatomy.is_uncalled(module):
+            yield _output_place(part, host, product, ours)
         elif product.site.stack:
-            path, parameter = host + ".base_layer" * depth, name
-        yield Place(host, product, f"{prefix}{name}.", path, parameter, attention)
+            yield Place(host, product, ours, host + ".base_layer" * depth, name)
+        else:
+            yield Place(host, product, ours, host)
+
+
+def _output_place(part: Part, host: str, product: Product, ours: str) -> Place:
+    attention = host.removesuffix(_OUTPUT)
+    if attention not in part.deltas:
+        raise Inexpressible(f"peft adapts `{host}` only together with `{attention}`.")
+    path = f"{attention}.base_layer{_OUTPUT}"
+    return Place(host, product, ours, path, attention=attention)
+
+
+def _refuse_taken(part: Part, host: str, delta: Any) -> None:
+    """Refuse a host that peft would not adapt, or not this one by its name."""
+    kind = str(getattr(getattr(part.model, "config", None), "model_type", ""))
+    leaf, module = host.rpartition(".")[2], part.host(host)
+    if not isinstance(delta, Product | Parts):
+        raise Inexpressible(f"peft has no counterpart of `{type(delta).__name__}`.")
+    if kind in _MAMBA and leaf in ("out_proj", "conv1d"):
+        raise Inexpressible(f"peft refuses to adapt `{host}` of a model of type {kind}.")
+    if isinstance(module, nn.Linear) and leaf in _fused_away(kind):
+        raise Inexpressible(
+            f"peft takes the name of `{host}` for one that models of type {kind} had for experts."
+        )
+    if anatomy.read_weights(module) == ["weight"] and not anatomy.is_uncalled(module):
+        raise Inexpressible(f"`{host}` is a layer of its own kind, which peft cannot adapt.")
 
 
 def entries_of(place: Place) -> list[Entry]:
@@ -107,7 +131,7 @@ def entries_of(place: Place) -> list[Entry]:
         return [_checked(same(a, ours[0]), shapes[0]), _halved(b, ours[1], shapes[1])]
     if not place.product.site.stack:
         return [_checked(same(a, ours[0]), shapes[0]), _checked(same(b, ours[1]), shapes[1])]
-    return [_stacked_a(a, ours[0], shapes[0]), _stacked_b(b, ours[1], shapes[1])]
+    return _stacked((a, b), ours, shapes)
 
 
 def as_peft(site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,34 +176,74 @@ def targets_of(part: Part, found: Sequence[Place]) -> dict[str, Any]:
     }
 
 
-def adapted_hosts(settings: Settings, model: nn.Module) -> list[str]:
-    """Return the modules that a configuration adapts, those with a parameter that it names too.
+def adapted_hosts(settings: Settings, model: nn.Module) -> dict[str, list[str]]:
+    """Return the modules that a configuration adapts, and the names by which its patterns see each.
+
+    Those are the module's own; of an output projection that of its attention; of a module with
+    parameters that the configuration names, those of the parameters.
 
     Raises:
         CheckpointError: it adapts none.
     """
     wanted = settings.any_of("target_parameters", list) or []
-    hosts = names.target_hosts(settings, model)
-    modules = dict(model.named_modules())
-    hosts += [h + _OUTPUT for h in hosts if isinstance(modules[h], nn.MultiheadAttention)]
-    named = [n for n, _ in model.named_parameters() if wanted and _ends_with(n, wanted)]
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in named)
-    if wanted and (not owners or owners.keys() & {*hosts}):
+    found, modules = {}, dict(model.named_modules())
+    for host in names.target_hosts(settings, model):
+        found[host] = [host]
+        if isinstance(modules[host], nn.MultiheadAttention):
+            found[host + _OUTPUT] = [host]
+    owners: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters() if wanted else ():
+        if _ends_with(name, wanted):
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+    if wanted and (not owners or owners.keys() & found.keys()):
         raise settings.refusal(
             "target_parameters", "must name parameters of modules that are not adapted themselves"
         )
-    return [*hosts, *owners]
+    return found | owners
 
 
 def pattern_settings(
-    settings: Settings, name: str, hosts: Sequence[str], default: Any
-) -> Mapping[str, Any]:
-    """Return a `rank_pattern` or an `alpha_pattern` in our patterns, without what fits no host."""
-    patterns = settings.any_of(name, dict) or {}
-    named = {host: _leader(host, hosts) for host in hosts}
-    values = {host: names.matching(patterns, name, default) for host, name in named.items()}
+    settings: Settings, hosts: Mapping[str, Sequence[str]], r: int, alpha: float, root: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Return `rank_pattern` and `alpha_pattern` as ours.
+
+    Of a host with several parameters we have one rank, the largest; `entries_of` fills up others.
+
+    Raises:
+        CheckpointError: parameters of one host are changed with different strengths.
+    """
+    given = {name: settings.any_of(name, dict) or {} for name in ("rank_pattern", "alpha_pattern")}
+    ranks, alphas = {}, {}
+    for host, seen in hosts.items():
+        by_name = {
+            n: (
+                names.matching(given["rank_pattern"], n, r),
+                names.matching(given["alpha_pattern"], n, alpha),
+            )
+            for n in seen
+        }
+        ranks[host], alphas[host] = max(by_name.values())
+        if len({a / (k**0.5 if root else k) for k, a in by_name.values()}) > 1:
+            raise settings.refusal(
+                "alpha_pattern", f"must give the parameters of `{host}` one strength"
+            )
+    return {"rank_pattern": _as_ours(ranks, r), "alpha_pattern": _as_ours(alphas, alpha)}
+
+
+def _as_ours(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     found = names.deviating(values, default)
     return {(p if "\\" not in p else f"re:{p}"): value for p, value in found.items()}
+
+
+def _fused_away(kind: str) -> tuple[str, ...]:
+    """Return the names that peft takes for those of experts before they were fused.
+
+    It does so for the types of models of which transformers knows such a time.
+    """
+    from transformers import conversion_mapping
+
+    known = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
+    return _FUSED.get(known.get(kind, ""), ())
 
 
 def _checked(entry: Entry, shape: Sequence[int]) -> Entry:
@@ -189,23 +253,35 @@ def _checked(entry: Entry, shape: Sequence[int]) -> Entry:
     return Entry(entry.theirs, entry.ours, entry.write, read)
 
 
-def _stacked_a(theirs: str, ours: str, shape: Sequence[int]) -> Entry:
-    experts, r, into = shape
+def _stacked(keys: tuple[str, str], ours: tuple[str, str], shapes: Any) -> list[Entry]:
+    """Return the entries of A and B of experts; a lower rank is filled up with zeros."""
+    (experts, r, into), (_, out, _) = shapes
+    kept: list[int] = []
 
-    def read(tensor: Tensor) -> Tensor:
-        return require_shape(theirs, tensor, (experts * r, into)).reshape(shape)
+    def rank_in(key: str, length: int, fits: bool, shape: Any) -> int:
+        kept.append(length // experts)
+        if not fits or length % experts or not 0 < kept[0] <= r or kept[0] != kept[-1]:
+            raise AdapterError(
+                f"`{key}` must have the shape of {experts} experts and a rank up to {r}, but has "
+                f"{tuple(shape)} instead."
+            )
+        return kept[-1]
 
-    return Entry(theirs, ours, lambda state: state[ours].flatten(0, 1), read)
+    def read_a(tensor: Tensor) -> Tensor:
+        fits = tensor.dim() == 2 and tensor.shape[1] == into
+        k = rank_in(keys[0], len(tensor), fits, tensor.shape)
+        return F.pad(tensor.reshape(experts, k, into), (0, 0, 0, r - k))
 
+    def read_b(tensor: Tensor) -> Tensor:
+        fits = tensor.dim() == 2 and len(tensor) == out
+        k = rank_in(keys[1], tensor.shape[-1], fits, tensor.shape)
+        return F.pad(tensor.reshape(out, k, experts).permute(2, 0, 1), (0, r - k))
 
-def _stacked_b(theirs: str, ours: str, shape: Sequence[int]) -> Entry:
-    experts, out, r = shape
+    def write_b(state: State) -> Tensor:
+        return state[ours[1]].permute(1, 2, 0).flatten(1)
 
-    def read(tensor: Tensor) -> Tensor:
-        whole = require_shape(theirs, tensor, (out, r * experts))
-        return whole.reshape(out, r, experts).permute(2, 0, 1)
-
-    return Entry(theirs, ours, lambda state: state[ours].permute(1, 2, 0).flatten(1), read)
+    a = Entry(keys[0], ours[0], lambda state: state[ours[0]].flatten(0, 1), read_a)
+    return [a, Entry(keys[1], ours[1], write_b, read_b)]
 
 
 def _halved(theirs: str, ours: str, shape: Sequence[int]) -> Entry:
@@ -219,12 +295,6 @@ def _silent(theirs: str, shape: Sequence[int]) -> Entry:
     # A product of nothing, but with an A that lets B learn.
     value = torch.eye(*shape) if theirs.endswith("lora_A.weight") else torch.zeros(tuple(shape))
     return constant(theirs, value.clone, "an output projection that is not adapted")
-
-
-def _leader(host: str, hosts: Sequence[str]) -> str:
-    """Return the host whose patterns are those of `host`: of an output, its attention."""
-    attention = host.removesuffix(_OUTPUT)
-    return attention if attention in hosts else host
 
 
 def _ends(every: Sequence[str], chosen: set[str]) -> list[str]:
