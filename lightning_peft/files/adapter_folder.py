@@ -20,6 +20,7 @@ from lightning_peft.adapter import Adapter
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
+from lightning_peft.files import adapterhub
 from lightning_peft.files.folder_io import (
     TENSORS,
     dump,
@@ -96,12 +97,13 @@ def load_adapter(
     revision: str | None = None,
     subfolder: str = "",
 ) -> Adapter:
-    """Inject into `model` the adapter that was saved in `folder`, by us or by peft.
+    """Inject into `model` the adapter that was saved in `folder`, by us, peft or AdapterHub.
 
     Args:
         model: the base that the adapter was trained on.
-        folder: what `Adapter.save`, `Adapter.export` or peft's `save_pretrained` wrote, here or in
-            a repository `org/name` on the Hugging Face hub.
+        folder: what `Adapter.save`, `Adapter.export`, peft's `save_pretrained` or, as safetensors,
+            AdapterHub's `save_adapter` wrote, here or in a repository `org/name` on the Hugging
+            Face hub.
         name: another name for the adapter than the one it was saved under.
         ignore_fingerprint: take the model for the adapter's base although its values differ.
         revision: a branch, tag or commit of the repository.
@@ -113,6 +115,8 @@ def load_adapter(
         TargetError: a pattern matches nothing; the model is left as it was.
     """
     folder = located(folder, revision, subfolder)
+    if adapterhub.is_here(folder):
+        return _load_adapterhubs(model, folder, name)
     data = read_tensors(folder)
     if (folder / CONFIG).exists():
         return _load_own(model, folder, data, name, ignore_fingerprint)
@@ -152,6 +156,15 @@ def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) 
     adapter = inject(model, described.methods, name or "default", train=exactly, head=False)
     with _removed_on_error(adapter, folder, str(values.get("base_model_name_or_path") or "")):
         adapter.load_state_dict(exchange.read(described, adapter, tensors))
+    return adapter
+
+
+def _load_adapterhubs(model: nn.Module, folder: Path, name: str | None) -> Adapter:
+    described = adapterhub.describe(folder, model)
+    exactly = _exactly(described.in_place)
+    adapter = inject(model, described.method, name or described.name, train=exactly, head=False)
+    with _removed_on_error(adapter, folder, described.base):
+        adapter.load_state_dict(described.state(adapter))
     return adapter
 
 

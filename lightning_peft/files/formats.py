@@ -5,9 +5,10 @@ from pathlib import Path
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import ConfigError, near_misses
-from lightning_peft.files import adapter_folder
+from lightning_peft.files import adapter_folder, adapterhub
 
 FORMATS: dict[str, Callable[[Adapter, str | Path, str | None], Path]] = {
+    "adapterhub": adapterhub.export_adapter,
     "peft": adapter_folder.export_adapter,
 }
 """What writes an adapter, or its method of a kind, to a folder, by the name of the format."""

@@ -18,7 +18,10 @@ from lightning_peft.errors import CheckpointError, near_misses
 from lightning_peft.files.card import card_of
 
 FILES = ("lightning_peft.json", "adapter_config.json", "adapter_model.safetensors")
-"""What is fetched from a repository, where it is there."""
+"""What an adapter is made of: written here, and fetched where it is there."""
+
+ADAPTERHUB = ("adapter.safetensors", "model_head.safetensors")
+"""What is fetched too, of an adapter of AdapterHub's."""
 
 SCHEME = "hf://"
 CARD = "README.md"
@@ -131,10 +134,10 @@ def _fetched(repository: str, revision: str | None, subfolder: str) -> Path:
     place = f"{subfolder}/" if subfolder else ""
     _logger.info("Fetching %s%s from the hub.", f"{repository}/", subfolder)
     with _explained(repository, revision, "read"):
-        patterns = [f"{place}{name}" for name in FILES]
+        patterns = [f"{place}{name}" for name in (*FILES, *ADAPTERHUB)]
         root = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     folder = Path(root) / subfolder
-    if not any((folder / name).exists() for name in FILES):
+    if not any((folder / name).exists() for name in (*FILES, *ADAPTERHUB)):
         raise CheckpointError(
             f"`{repository}` on the hub holds no adapter{f' in `{subfolder}`' if place else ''}: "
             f"`{FILES[2]}` is looked for, and pickles (`adapter_model.bin`) are never read."
