@@ -1,6 +1,7 @@
 """Whole folders in peft's format, by the spellings: what to write, and what was read."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.delta import plain_name
 from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.files.peft import in_place, spellings
 from lightning_peft.files.peft.settings import Settings
@@ -99,6 +101,8 @@ def spell(adapter: Adapter, part: str | None = None, check: bool = True) -> Spel
     saved = in_place.patterns_of(adapter.model, modules, one.deltas)
     entries = _with_modules(one, entries, modules, spelling.base)
     config = _common(adapter.model, spelling, modules) | own
+    if not spelling.saves_modules and config["task_type"] in ("TOKEN_CLS", "QUESTION_ANS"):
+        config["task_type"] = None  # peft would look for what such a configuration lacks
     if spelling.saves_modules:
         config["modules_to_save"] = saved or None
     elif not {*saved} <= {*in_place.HEADS.get(str(config["task_type"]), ())}:
@@ -161,7 +165,7 @@ def read(described: Described, adapter: Adapter, tensors: State) -> dict[str, Te
     spelling, part = described.spelling, Part(adapter, adapter.methods[0])
     entries = _with_modules(part, spelling.entries(part), described.modules, spelling.base)
     known = {entry.theirs for entry in entries}
-    tensors = in_place.without_copies(tensors)
+    tensors = in_place.without_copies(tensors, described.modules, spelling.base)
     extra = (in_place.base_tensor(adapter.model, k, spelling.base) for k in {*tensors} - known)
     entries += [entry for entry in extra if entry is not None]
     return spelling.derived(part) | unspell(entries, tensors, adapter.tensors())
@@ -229,11 +233,22 @@ def _refuse_passed_over(part: Part) -> None:
     """Refuse hosts that torch's fast path reads past, so that peft's change of them is lost."""
     layers = [n for n, m in part.model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
     inside = [host for host in part.deltas if under(host, tuple(layers))]
+    changed = {*part.deltas, *(name.rpartition(".")[0] for name in part.adapter.in_place)}
+    if several := sorted(changed & _shared_modules(part.model)):
+        raise Inexpressible(
+            f"`{several[0]}` is a part of several modules, and peft would change it in one of them."
+        )
     if inside:
         raise Inexpressible(
             f"`{inside[0]}` lies in a `nn.TransformerEncoderLayer`, which in eval mode reads "
             "weights past peft's layers, so the change would be lost there."
         )
+
+
+def _shared_modules(model: nn.Module) -> set[str]:
+    """Return the names of modules that are children of more than one module."""
+    parents = Counter(id(child) for parent in model.modules() for child in parent.children())
+    return {plain_name(n) for n, module in model.named_modules() if parents[id(module)] > 1}
 
 
 def _in_place(part: Part) -> list[str]:

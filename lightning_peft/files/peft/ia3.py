@@ -1,5 +1,6 @@
 """IA3; a vector is a row `(1, in)` where it scales an input, a column `(out, 1)` for an output."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -28,13 +29,13 @@ class IA3Spelling(Spelling):
     def config(self, part: Part) -> dict[str, Any]:
         """Return the settings of the method as peft spells them."""
         inputs = [h for h, d in part.deltas.items() if isinstance(d, ScaledInput)]
-        every = names.module_names(part.model)
+        targets, inner = _ends(names.module_names(part.model), list(part.deltas), inputs)
         return {
             "exclude_modules": None,
             "fan_in_fan_out": on_weights.turned(part),
-            "feedforward_modules": _ends(every, inputs),
+            "feedforward_modules": inner,
             "init_ia3_weights": True,
-            "target_modules": names.shortest(every, part.deltas),
+            "target_modules": targets,
         }
 
     def method(self, settings: Settings, keys: Sequence[str], model: nn.Module) -> Method:
@@ -64,12 +65,18 @@ def _entry(part: Part, host: str, delta: Any) -> Entry:
     return reshaped(f"{BASE}{host}.ia3_l", part.key(host, "scale"), shape, own)
 
 
-def _ends(every: Sequence[str], chosen: Sequence[str]) -> list[str] | str:
-    """Return ends by which peft finds the inputs; it compares them without regard to dots."""
-    found = names.shortest(every, chosen)
-    if isinstance(found, str) or set(chosen) == {n for n in every if n.endswith(tuple(found))}:
-        return found
-    return sorted(chosen)
+def _ends(every: Sequence[str], hosts: Sequence[str], inputs: Sequence[str]) -> tuple[Any, Any]:
+    """Return what names the hosts, and what of it names those with a scaled input.
+
+    peft asks for a subset, and looks for the ends of names in it without regard to dots.
+    """
+    outputs = [host for host in hosts if host not in inputs]
+    inner, outer = names.shortest(every, inputs), names.shortest(every, outputs)
+    if isinstance(inner, str) or isinstance(outer, str):
+        return "|".join(map(re.escape, hosts)), "|".join(map(re.escape, inputs))
+    if any(host.endswith(tuple(inner)) for host in outputs):
+        inner = sorted(inputs)
+    return sorted({*inner, *outer}), inner
 
 
 SPELLING = IA3Spelling()

@@ -156,25 +156,37 @@ def _fixed(key: str, model: nn.Module, name: str) -> Entry:
     return constant(key, value, "the base, in which it was not trained")
 
 
-def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors without the second copies that peft writes of a module's biases.
+def without_copies(
+    tensors: Mapping[str, Tensor], modules: Sequence[str], base: str
+) -> dict[str, Tensor]:
+    """Return tensors without the second copies that peft writes of biases in whole modules.
 
     Raises:
         AdapterError: a copy differs from the first.
     """
     kept = {}
     for key, tensor in tensors.items():
-        plain = key.replace(".modules_to_save.", ".")
-        if plain == key or plain not in tensors:
-            kept[key if ".original_module." in key else plain] = tensor
-        elif not torch.equal(tensor, tensors[plain]):
-            raise AdapterError(f"`{key}` differs from `{plain}`, of which it should be a copy.")
+        firsts = [k for k in _first_copies(key, modules, base) if k in tensors and k != key]
+        if not firsts:
+            kept[key] = tensor
+        elif not torch.equal(tensor, tensors[firsts[0]]):
+            raise AdapterError(f"`{key}` differs from `{firsts[0]}`, of which it is a copy.")
     return kept
+
+
+def _first_copies(key: str, modules: Sequence[str], base: str) -> list[str]:
+    """Return keys that may be the same without what peft puts between a module and the rest."""
+    for module in modules:
+        root = f"{base}{module}."
+        if key.startswith(root) and ".original_module." not in key:
+            rest = key.removeprefix(root).removeprefix("modules_to_save.")
+            return [root + rest, root + rest.partition(".")[2]]
+    return []
 
 
 def base_tensor(model: nn.Module, key: str, base: str) -> Entry | None:
     """Return the entry of a tensor of the base itself, which peft writes beside embeddings."""
-    name = re.sub(r"\.(base_layer|original_module)(?=\.[^.]+$)", "", key.removeprefix(base))
+    name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", key.removeprefix(base))
     owner, _, leaf = name.rpartition(".")
     module = _modules(model).get(owner)
     if not key.startswith(base) or module is None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from lightning_peft.delta import plain_name
 from lightning_peft.deltas.hosts import Parts
 from lightning_peft.deltas.low_rank import LowRank
 from lightning_peft.files.peft import names, trainable_tokens
@@ -21,7 +22,15 @@ from lightning_peft.files.peft.low_rank import (
     unadapted,
 )
 from lightning_peft.files.peft.settings import Settings
-from lightning_peft.files.peft.spelling import BASE, Entry, Inexpressible, Part, Spelling, same
+from lightning_peft.files.peft.spelling import (
+    BASE,
+    Copies,
+    Entry,
+    Inexpressible,
+    Part,
+    Spelling,
+    same,
+)
 from lightning_peft.files.peft.trainable_tokens import rows_of, tables
 from lightning_peft.method import Method
 from lightning_peft.methods.lora import LoRA
@@ -179,13 +188,20 @@ def _alpha(scale: float, r: int, rslora: bool) -> float:
 
 
 def _biases(part: Part) -> list[Entry]:
-    hosts = part.deltas
+    named = {plain_name(n): p for n, p in part.model.named_parameters(remove_duplicate=False)}
     found = []
     for name in part.method.in_place(part.model):
-        owner, _, leaf = name.rpartition(".")
-        inner = ".base_layer" if owner in hosts else ""
-        found.append(same(f"{BASE}{owner}{inner}.{leaf}", name))
+        tied = [n for n, p in named.items() if p is named[name] and n != name]
+        if odd := [n for n in (name, *tied) if n.rpartition(".")[2] != "bias"]:
+            raise Inexpressible(f"peft does not train `{odd[0]}` as a bias.")
+        copies = Copies(same(_bias_key(part, name), name))
+        found += [copies.entry, *(copies.further(_bias_key(part, n), optional=True) for n in tied)]
     return found
+
+
+def _bias_key(part: Part, name: str) -> str:
+    owner = name.rpartition(".")[0]
+    return f"{BASE}{owner}{'.base_layer' if owner in part.deltas else ''}.bias"
 
 
 SPELLING = LowRankSpelling()
