@@ -26,6 +26,11 @@ HEADS = {
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
+def owners_of(model: nn.Module, in_place: Collection[str]) -> list[str]:
+    """Return the names of the modules that own what is trained, tied ones too."""
+    return sorted({name.rpartition(".")[0] for name in _with_ties(model, in_place)})
+
+
 def saved_modules(
     model: nn.Module, in_place: Collection[str], covered: Collection[str], hosts: Collection[str]
 ) -> list[str]:
@@ -126,15 +131,24 @@ def parameters_of(model: nn.Module, chosen: Sequence[str]) -> list[str]:
 
 
 def entries_of(
-    model: nn.Module, chosen: Sequence[str], in_place: Collection[str], base: str
+    model: nn.Module, chosen: Sequence[str], in_place: Collection[str], base: str, inner: str = ""
 ) -> list[Entry]:
-    """Return the entries of the tensors of the chosen modules."""
+    """Return the entries of the tensors of the chosen modules.
+
+    Args:
+        model: the base.
+        chosen: the names of the modules.
+        in_place: the names of what is trained; the rest must be the base's.
+        base: what peft puts before the name of a module.
+        inner: what it puts behind.
+    """
     first = {id(p): plain_name(n) for n, p in model.named_parameters()}
     trained, owners = set(in_place), {n.rpartition(".")[0] for n in in_place}
     entries, met = list[Entry](), dict[str, Copies]()
     for module in chosen:
         for name, tensor in _tensors(model, module).items():
-            own, key = first.get(id(tensor), name), f"{base}{name}"
+            own = first.get(id(tensor), name)
+            key = f"{base}{module}.{inner}{name.removeprefix(f'{module}.')}"
             buffer = id(tensor) not in first and name.rpartition(".")[0] in owners
             if own not in trained and not buffer:
                 entries.append(_fixed(key, model, own))
