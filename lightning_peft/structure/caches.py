@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta, attach, detach
 from lightning_peft.deltas.cached_keys import Caching, empty_cache
 from lightning_peft.errors import TargetError
+from lightning_peft.structure import anatomy
 from lightning_peft.structure.cores import core_of, room_of
-from lightning_peft.structure.probe import Attention, run, spread
+from lightning_peft.structure.probe import Attention, pretrained, run, spread
 
 _NAME = "caches"
 
@@ -51,7 +52,7 @@ def caching(model: nn.Module, tokens: int, ids: Sequence[int] = ()) -> Caching:
             "could enter: leave `layout` at 'clean'."
         )
     handing = _Handing(host.arguments, decoder is not None)
-    run(model, ids, lambda: _attached(host.module, handing))
+    run(_runner(model, host.name), ids, lambda: _attached(host.module, handing))
     cache = handing.cache
     layers = [] if cache is None else getattr(cache, "self_attention_cache", cache).layers
     if not layers or not all(isinstance(getattr(x, "keys", None), Tensor) for x in layers):
@@ -61,6 +62,16 @@ def caching(model: nn.Module, tokens: int, ids: Sequence[int] = ()) -> Caching:
         )
     seen = [_seen(layer) for layer in layers]
     return Caching(host.name, host.arguments, seen, decoder is not None, room_of(host, tokens))
+
+
+def _runner(model: nn.Module, host: str) -> nn.Module:
+    for name, inner in pretrained(model):
+        if anatomy.under(host, (name,) if name else (host,)):
+            return inner
+    raise TargetError(
+        f"{type(model).__name__} holds no model of transformers, whose cache could be filled: "
+        "leave `layout` at 'clean'."
+    )
 
 
 def _seen(layer: Any) -> Attention:

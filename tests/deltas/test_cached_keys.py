@@ -16,7 +16,7 @@ from lightning_peft.methods import PrefixTuning
 
 Build = Callable[[str], Any]
 N = 4
-MODELS = ("llama", "gpt2", "bert", "t5", "bart", "llama_classifier")
+MODELS = ("llama", "gpt2", "bert", "t5", "bart", "encoder_with_head")
 
 
 def injected(build: Build, name: str, **settings: Any) -> Any:

@@ -22,6 +22,7 @@ from lightning_peft.files.peft.tokens import (
     rehearsal,
     require_equal,
     short_text,
+    task_of,
     text_config,
 )
 from lightning_peft.method import Method
@@ -85,6 +86,7 @@ def before_the_text(part: Part) -> dict[str, Any]:
     virtual = next(iter(deltas_of(part, Virtual).values()))
     if not enters:
         raise Inexpressible("peft puts virtual tokens among words only, and here are none.")
+    task_of(part.model)  # which refuses what has no configuration to be asked for more
     heads = text_config(part.model, "num_attention_heads", "n_head", "num_heads")
     width = virtual.vectors().shape[1]
     return common(part, len(enters[0].ids), width, heads, layers_of(part.model))
