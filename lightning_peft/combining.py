@@ -196,15 +196,16 @@ def _others(adapter: Adapter, how: str) -> dict[tuple[str, str], Delta]:
 def _mixed(recipe: Recipe, deltas: Sequence[Delta], kind: str) -> dict[str, Tensor]:
     """Return the combination of deltas of one kind at one host, tensor by tensor."""
     tensors = [dict(delta.named_parameters()) for delta in deltas]
-    _require_same_constants(deltas, kind)
     starts = _starts(deltas[0])
+    _refuse_factors(deltas[0], starts, recipe.how, kind)
+    _require_same_constants(deltas, kind)
     result = {}
     for name, first in tensors[0].items():
         if any(found[name].shape != first.shape for found in tensors):
             raise AdapterError(f"`{name}` of {kind} has another shape in some of the adapters.")
         start = starts[name]
         if start is None:
-            _require_mean(recipe, deltas[0], kind)
+            _require_mean(recipe, kind)
             start = torch.zeros_like(first)
         result[name] = start + recipe.mixed([found[name] - start for found in tensors])
     return result
@@ -223,17 +224,23 @@ def _starts(delta: Delta) -> dict[str, Tensor | None]:
     return {n: t.detach() if torch.equal(t, second[n]) else None for n, t in first.items()}
 
 
-def _require_mean(recipe: Recipe, delta: Delta, kind: str) -> None:
-    if isinstance(delta, Product | WeightDelta):
-        raise AdapterError(
-            f"Parts of {kind} start at random, so that only its changes of weights can be "
-            "combined: use `how='svd'` with a `rank`, which gives a LoRA."
-        )
+def _require_mean(recipe: Recipe, kind: str) -> None:
     if recipe.rule != "linear" or abs(sum(recipe.weights) - 1) > 1e-6:
         raise AdapterError(
             f"Parts of {kind} start at random, so that only a mean of them has a meaning: use "
-            f"`how='sum'` with weights that add up to 1, not {recipe.how!r} with "
+            f"`how='sum'` and weights that add up to 1, but they are {recipe.how!r} and "
             f"{sum(recipe.weights):g}."
+        )
+
+
+def _refuse_factors(delta: Delta, starts: Mapping[str, Tensor | None], how: str, kind: str) -> None:
+    """Refuse entries of factors, of which only the product means something."""
+    drawn = isinstance(delta, WeightDelta) and any(start is None for start in starts.values())
+    if isinstance(delta, Product) or drawn:
+        able = "'sum' or 'svd'" if isinstance(delta, Product) and delta.additive else "'svd'"
+        raise AdapterError(
+            f"`how={how!r}` cannot combine the factors of {kind}, of which only the product has a "
+            f"meaning: use {able}, which gives a LoRA."
         )
 
 

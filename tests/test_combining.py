@@ -248,7 +248,8 @@ def test_a_combination_is_an_adapter_like_any_other(build: Build, tmp_path: Path
 def test_refusals_change_nothing(build: Build) -> None:
     example = build("bert")
     model = example.model
-    for i, (name, method) in enumerate({"a": LoRA(), "b": LoRA(r=3), "c": DoRA()}.items()):
+    methods = {"a": LoRA(), "b": LoRA(r=3), "c": DoRA(), "d": PiSSA()}
+    for i, (name, method) in enumerate(methods.items()):
         adapted(model, name, method, i)
     before, tuned = set(adapters_of(model)), example.logits()
     pair = {"a": 0.5, "b": 0.5}
@@ -264,9 +265,10 @@ def test_refusals_change_nothing(build: Build) -> None:
         (pair, "svd", {"rank": 0}, "`rank` must be at least 1"),
         (pair, "linear", {}, "factors of one rank"),
         ({"a": 0.5, "c": 0.5}, "sum", {}, "different methods or targets"),
-        ({"c": 0.5}, "sum", {}, "how='svd'"),
+        ({"c": 0.5}, "sum", {}, "factors of dora.* use 'svd'"),
+        ({"d": 0.5}, "linear", {}, "factors of pissa.* use 'sum' or 'svd'"),
         (pair, "sum", {"name": "a"}, "already carries"),
-        (pair, "sum", {"in_place": "d"}, "`in_place` must be one of"),
+        (pair, "sum", {"in_place": "e"}, "`in_place` must be one of"),
     ):
         with pytest.raises(AdapterError, match=message):
             combine(model, weights, how, **settings)
