@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
+from lightning_peft.data.by_length import lengths_of
 from lightning_peft.errors import ConfigError, DataError
-from lightning_peft.tasks.task import Task
+from lightning_peft.tasks.task import Task, model_inputs
 
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates of the head
 _EPOCHS = 20
@@ -46,7 +47,11 @@ class _Features:
     batches: list[dict[str, Tensor]]
     outputs: list[Any]  # what the base returned, without what the head does not read
     mean: Tensor  # (rows, d_model)
-    targets: Tensor  # (rows,)
+
+    @property
+    def targets(self) -> Tensor:
+        """The class of each row, `(rows,)`."""
+        return torch.cat([batch["labels"] for batch in self.batches])
 
 
 def frozen_baselines(
@@ -56,6 +61,7 @@ def frozen_baselines(
     validation: DataLoader[Any],
     test: DataLoader[Any] | None = None,
     progress: bool = True,
+    pooled: bool = True,
 ) -> list[Baseline]:
     """Train both classifiers on the frozen base, and return them, the better on validation first.
 
@@ -68,6 +74,7 @@ def frozen_baselines(
         validation: What the settings are chosen on.
         test: What the chosen classifiers are measured on at last.
         progress: Show a progress bar on stderr.
+        pooled: Try logistic regression too, which gives one class to a text as a whole.
 
     Raises:
         ConfigError: The model has no base inside, or no head outside it.
@@ -87,7 +94,9 @@ def frozen_baselines(
         shared = time.perf_counter() - started
         torch.manual_seed(0)
         try:
-            found = [_tuned_head(model, base, task, splits), _regression(task, splits)]
+            found = [_tuned_head(model, base, task, splits)]
+            if pooled:
+                found.append(_regression(task, splits))
         finally:
             for name, parameter in _head(model, base).items():
                 parameter.data.copy_(before[name])
@@ -134,8 +143,7 @@ def _features(
         outputs.append(compact(output))
     if not batches:
         raise DataError(f"the {title} must come from at least one row, but the split has none.")
-    targets = torch.cat([batch["labels"] for batch in batches])
-    return _Features(batches, outputs, torch.cat(means), targets)
+    return _Features(batches, outputs, torch.cat(means))
 
 
 def _run_base(model: nn.Module, base: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -143,7 +151,7 @@ def _run_base(model: nn.Module, base: nn.Module, batch: Mapping[str, Tensor]) ->
     caught: list[Any] = []
     handle = base.register_forward_hook(lambda module, args, output: caught.append(output))
     try:
-        model(**{name: value for name, value in batch.items() if name != "labels"})
+        model(**model_inputs(batch))
     finally:
         handle.remove()
     return caught[0]
@@ -169,7 +177,7 @@ def _compaction(
         hidden = output.last_hidden_state.clone()
         hidden[:, keep:] = float("nan")
         with _replay(base, iter([_replaced(output, hidden)])):
-            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            logits = model(**model_inputs(batch)).logits
         if logits.isfinite().all():
             return lambda one: _replaced(one, one.last_hidden_state[:, :keep].clone())
     return lambda one: _replaced(one, one.last_hidden_state)
@@ -242,7 +250,7 @@ def _measure_head(
 ) -> dict[str, float]:
     with _replay(base, iter(features.outputs)):
         steps = [task.step(model, batch) for batch in features.batches]
-    return _metrics(task, torch.cat([step.predictions for step in steps]), features.targets)
+    return _metrics(task, [(step.predictions, step.targets) for step in steps])
 
 
 def _regression(task: Task, splits: Mapping[str, _Features]) -> Baseline:
@@ -255,13 +263,13 @@ def _regression(task: Task, splits: Mapping[str, _Features]) -> Baseline:
         for penalty in _PENALTIES
     }
     measured = {
-        penalty: _metrics(task, _choose(rows["validation"], fit), splits["validation"].targets)
+        penalty: _metrics(task, [(_choose(rows["validation"], fit), splits["validation"].targets)])
         for penalty, fit in fits.items()
     }
     chosen = max(measured, key=lambda penalty: (_score(task, measured[penalty]), penalty))
     test: dict[str, float] = {}
     if "test" in splits:
-        test = _metrics(task, _choose(rows["test"], fits[chosen]), splits["test"].targets)
+        test = _metrics(task, [(_choose(rows["test"], fits[chosen]), splits["test"].targets)])
     return Baseline(
         name="frozen base + logistic regression on mean-pooled features",
         setting={"penalty": chosen},
@@ -310,9 +318,10 @@ def _choose(features: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
     return (features @ fit[0].T + fit[1]).argmax(-1)
 
 
-def _metrics(task: Task, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-    metrics = task.metrics().to(targets.device)
-    metrics.update(predictions, targets)
+def _metrics(task: Task, found: Iterable[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+    metrics = task.metrics()
+    for predictions, targets in found:
+        metrics.to(predictions.device).update(predictions, targets)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
@@ -331,7 +340,7 @@ def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 def _by_length(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return the same rows in batches of like lengths, which have little padding to compute."""
     rows: Any = loader.dataset
-    lengths = [len(row) for row in rows["input_ids"]]
+    lengths = lengths_of(rows["input_ids"])
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return DataLoader(Subset(rows, order), loader.batch_size, collate_fn=loader.collate_fn)
 

@@ -52,8 +52,8 @@ class Example:
     text: str
     gold: str
     predicted: str
-    score: float
-    """Probability of the predicted label, 0 to 1."""
+    score: float | None = None
+    """Probability of what was predicted, 0 to 1, where there is one."""
 
     @property
     def right(self) -> bool:
@@ -174,7 +174,12 @@ def _class_table(report: Report) -> _Rows:
 
 def _example_table(report: Report) -> _Rows:
     rows = [
-        ["✓" if e.right else "✗", e.gold, e.predicted, f"{e.score:.2f}", _shorten(e.text)]
+        [
+            "✓" if e.right else "✗",
+            *map(_shorten, (e.gold, e.predicted)),
+            _score(e.score),
+            _shorten(e.text),
+        ]
         for e in report.examples
     ]
     return ["", "gold", "predicted", "score", "text"], rows
@@ -184,6 +189,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value > 1 and float(value).is_integer() else f"{value:.4f}"
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _shorten(text: str) -> str:

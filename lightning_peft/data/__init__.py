@@ -1,1 +1,5 @@
-"""Data modules: where texts and labels come from."""
+"""Data modules: where the rows of each task come from.
+
+`rows.RowData` holds what all share: `origin` (files, hub, packages), `sources` (formats),
+`bad_rows`, `splits`, `by_length`. A module of a task says what a row is.
+"""

@@ -1,6 +1,6 @@
 """From a column of labels to class numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.errors import DataError, near_misses
@@ -45,32 +45,63 @@ def encode(rows: "Dataset", column: str, labels: Sequence[str], origin: str) -> 
     Raises:
         DataError: A label is missing or not among `labels`; its row is named.
     """
+    for reason in bad_labels(rows, column, labels, origin).values():
+        raise DataError(reason)
     numbers = {name: i for i, name in enumerate(labels)}
-    names = _names(rows, column, origin)
-    for row, name in enumerate(names, 1):
-        if name not in numbers:
-            raise DataError(
-                f"`{column}` must be one of {', '.join(labels)}, but is {name!r} in row {row:,} of "
-                f"{origin}.{near_misses(name, labels)}"
+    return [numbers[name] for name in _names(rows, column, origin)]
+
+
+def bad_labels(
+    rows: "Dataset",
+    column: str,
+    labels: Sequence[str] | None,
+    origin: str,
+    number: Callable[[int], int] = lambda index: index + 1,
+) -> dict[int, str]:
+    """Return what is wrong with each row whose label cannot be one, by its index.
+
+    Args:
+        rows: As read.
+        column: Where the labels are.
+        labels: Those that there are; None where the rows themselves say so.
+        origin: What a person calls their file.
+        number: Gives the number in the file of the row with an index.
+    """
+    bad = {}
+    for i, value in enumerate(_values(rows, column)):
+        place = f"row {number(i):,}"
+        if value is None or str(value).strip() == "":
+            bad[i] = (
+                f"`{column}` must be given in every row of {origin}, but is missing in {place}."
             )
-    return [numbers[name] for name in names]
+        elif isinstance(value, (list, dict)) or (isinstance(value, float) and value % 1):
+            bad[i] = f"`{column}` must be one class, but is {value!r} in {place} of {origin}."
+        elif labels is not None and _name(value) not in labels:
+            bad[i] = (
+                f"`{column}` must be one of {', '.join(labels)}, but is {_name(value)!r} in "
+                f"{place} of {origin}.{near_misses(_name(value), labels)}"
+            )
+    return bad
 
 
 def _names(rows: "Dataset", column: str, origin: str) -> list[str]:
-    """Return the labels as texts: 1.0, as tables store a whole number beside gaps, as 1."""
+    """Return the labels as texts."""
+    for reason in bad_labels(rows, column, None, origin).values():
+        raise DataError(reason)
+    return [_name(value) for value in _values(rows, column)]
+
+
+def _name(value: Any) -> str:
+    # Tables store a whole number beside gaps as 1.0, which means 1.
+    return str(int(value) if isinstance(value, float) else value).strip()
+
+
+def _values(rows: "Dataset", column: str) -> list[Any]:
+    """Return the column, the classes of a data set that names them by their names."""
     from datasets import ClassLabel
 
     feature = rows.features[column]
     values: list[Any] = list(rows[column])
     if isinstance(feature, ClassLabel):
-        return [feature.int2str(v) if v is not None and v >= 0 else "" for v in values]
-    for row, value in enumerate(values, 1):
-        if value is None or str(value).strip() == "":
-            raise DataError(
-                f"`{column}` must be given in every row of {origin}, but is missing in row {row:,}."
-            )
-        if isinstance(value, (list, dict)) or (isinstance(value, float) and value % 1):
-            raise DataError(
-                f"`{column}` must be one class, but is {value!r} in row {row:,} of {origin}."
-            )
-    return [str(int(v) if isinstance(v, float) else v).strip() for v in values]
+        return [feature.int2str(v) if v is not None and v >= 0 else None for v in values]
+    return values

@@ -4,11 +4,14 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lightning_peft.data.bad_rows import SKIP, BadRows
+from lightning_peft.data.conll import read_conll
 from lightning_peft.errors import DataError, near_misses
 from lightning_peft.models import HubAnswer, ask_hub
 
@@ -23,20 +26,30 @@ FORMATS = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".txt": "txt",
 }
 """Format by the file's extension."""
 
 
 def read_file(
-    path: str | Path, file_format: str | None = None, columns: Sequence[str] | None = None
+    path: str | Path,
+    file_format: str | None = None,
+    columns: Sequence[str] | None = None,
+    bad: BadRows | None = None,
 ) -> "Dataset":
     """Read one file of rows into memory; texts stay as they are written, `NA` included.
 
     Args:
         path: A file in UTF-8. Nothing is cached, so a changed file is never read stale.
-        file_format: csv, tsv (tabs, no quoting), jsonl (one object a line) or parquet; None takes
+        file_format: csv, tsv (tabs, no quoting), jsonl (one object a line), parquet, txt (one text
+            a line, column text) or conll (one word a line, columns tokens and labels); None takes
             the extension's.
         columns: Names of the columns of a csv or tsv file without a header line.
+        bad: What becomes of rows that cannot be read; None refuses the first.
 
     Raises:
         DataError: The file is missing, empty, of an unknown format, or damaged; with its line.
@@ -47,14 +60,16 @@ def read_file(
     kind = _format(path, file_format)
     if columns is not None and kind not in ("csv", "tsv"):
         raise DataError(f"`columns` must be left out for {kind}, but is {list(columns)} instead.")
+    bad = bad or BadRows()
     try:
-        rows = _read_parquet(path) if kind == "parquet" else _read_text(path, kind, columns)
+        rows = _read_parquet(path) if kind == "parquet" else _read_text(path, kind, columns, bad)
     except UnicodeDecodeError as error:
         raise DataError(f"`{path}` must be UTF-8, but {_where_undecodable(path)}.") from error
     except OSError as error:
         raise DataError(f"`{path}` cannot be read: {error.strerror or error}.") from error
     if len(rows) == 0:
-        raise DataError(f"`{path}` must hold at least one row, but has none.")
+        reason = f": {bad.reasons[0]}" if bad.reasons else "."
+        raise DataError(f"`{path}` must hold at least one row, but has none{reason}")
     return rows
 
 
@@ -94,26 +109,35 @@ def require_columns(rows: "Dataset", origin: str, **wanted: str | None) -> None:
             )
 
 
-def require_texts(rows: "Dataset", origin: str, column: str) -> None:
-    """Check that every row has a text in `column`.
+def bad_texts(
+    rows: "Dataset",
+    origin: str,
+    column: str,
+    number: Callable[[int], int] = lambda index: index + 1,
+) -> dict[int, str]:
+    """Return what is wrong with each row that has no text in `column`, by its index.
 
-    Raises:
-        DataError: Some have none, or hold something else; the first is named by its number.
+    Args:
+        rows: As read.
+        origin: What a person calls their file.
+        column: Where the text should be.
+        number: Gives the number in the file of the row with an index.
     """
-    values = rows[column]
-    bad = [i for i, text in enumerate(values) if not isinstance(text, str) or not text.strip()]
-    if bad:
-        value = values[bad[0]]
-        found = "is empty" if value is None or isinstance(value, str) else f"is {value!r}"
-        more = f" ({len(bad):,} such rows)" if len(bad) > 1 else ""
-        raise DataError(
-            f"`{column}` must be a text in every row of {origin}, but {found} in row "
-            f"{bad[0] + 1:,}{more}: fill these rows or leave them out."
-        )
+    bad = {
+        i: "is empty" if text is None or isinstance(text, str) else f"is {text!r}"
+        for i, text in enumerate(rows[column])
+        if not isinstance(text, str) or not text.strip()
+    }
+    more = f" ({len(bad):,} such rows)" if len(bad) > 1 else ""
+    return {
+        i: f"`{column}` must be a text in every row of {origin}, but {found} in row "
+        f"{number(i):,}{more}: fill these rows, or {SKIP}."
+        for i, found in bad.items()
+    }
 
 
 def _format(path: Path, file_format: str | None) -> str:
-    known = sorted(set(FORMATS.values()))
+    known = list(dict.fromkeys(FORMATS.values()))
     if file_format is None:
         if path.suffix.lower() not in FORMATS:
             raise DataError(
@@ -136,14 +160,21 @@ def _what_is(path: Path) -> str:
     return f"does not exist.{near_misses(path.name, siblings)}"
 
 
-def _read_text(path: Path, kind: str, columns: Sequence[str] | None) -> "Dataset":
+def _read_text(path: Path, kind: str, columns: Sequence[str] | None, bad: BadRows) -> "Dataset":
     from datasets import Dataset
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Where bad rows are left out, bytes that are not UTF-8 must spoil none but their own row.
+    errors = "surrogateescape" if bad.skip else "strict"
+    with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
         if kind == "jsonl":
-            table = _columns_of_objects(path, file)
+            table = _columns_of_objects(path, file, bad)
+        elif kind == "conll":
+            table = read_conll(path, file, bad)
+        elif kind == "txt":
+            texts = (line.strip() for line in file)
+            table = {"text": [text for text in texts if text and _is_utf8(text, path, bad)]}
         else:
-            table = _columns_of_fields(path, file, kind, columns)
+            table = _columns_of_fields(path, file, kind, columns, bad)
     try:
         return Dataset.from_dict(table)
     except (TypeError, ValueError) as error:  # pyarrow's errors are these
@@ -151,21 +182,33 @@ def _read_text(path: Path, kind: str, columns: Sequence[str] | None) -> "Dataset
         raise DataError(f"`{path}` must hold values of one type a column: {first}") from error
 
 
+def _is_utf8(text: str, path: Path, bad: BadRows, row: int | None = None) -> bool:
+    """Whether a text that was read with `surrogateescape` holds no undecodable byte."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        bad.refuse(f"`{path}` must be UTF-8, but is not in {text[:40]!r}.", row)
+        return False
+    return True
+
+
 def _columns_of_fields(
-    path: Path, file: TextIO, kind: str, columns: Sequence[str] | None
+    path: Path, file: TextIO, kind: str, columns: Sequence[str] | None, bad: BadRows
 ) -> dict[str, list[str]]:
     lines = _fields(path, file, kind)
     names = list(columns) if columns is not None else next(lines, (0, []))[1]
     if len(set(names)) < len(names):
         raise DataError(f"`{path}` must name each column once, but has {names}.")
     rows = []
-    for line, row in lines:
+    for number, (line, row) in enumerate(lines, 1):
         if len(row) != len(names):
-            raise DataError(
+            bad.refuse(
                 f"`{path}` must have {len(names)} fields in each row ({', '.join(names)}), "
-                f"but has {len(row)} in the row that ends in line {line:,}."
+                f"but has {len(row)} in the row that ends in line {line:,}.",
+                number,
             )
-        rows.append(row)
+        elif _is_utf8("".join(row), path, bad, number):
+            rows.append(row)
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
@@ -179,29 +222,58 @@ def _fields(path: Path, file: TextIO, kind: str) -> Iterator[tuple[int, list[str
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield from ((reader.line_num, row) for row in reader if row)
-    except csv.Error as error:
+    except csv.Error as error:  # where the next row begins is then unknown
         raise DataError(f"`{path}` is damaged in line {reader.line_num:,}: {error}.") from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _columns_of_objects(path: Path, file: TextIO) -> dict[str, list[Any]]:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+def _columns_of_objects(path: Path, file: TextIO, bad: BadRows) -> dict[str, list[Any]]:
+    rows: dict[int, dict[str, Any]] = {}
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    for row, (number, line) in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            found = json.loads(line) if _is_utf8(line, path, bad, row) else None
         except json.JSONDecodeError as error:
-            raise DataError(f"`{path}` is damaged in line {number:,}: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(
+            bad.refuse(f"`{path}` is damaged in line {number:,}: {error}.", row)
+            continue
+        if isinstance(found, dict):
+            rows[row] = found
+        elif row not in bad.unreadable:
+            bad.refuse(
                 f"`{path}` must hold one JSON object in each line, but has "
-                f"{type(row).__name__} in line {number:,}."
+                f"{type(found).__name__} in line {number:,}.",
+                row,
             )
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+    names = dict.fromkeys(name for found in rows.values() for name in found)
+    for name in names:
+        for row, reason in _other_types(path, name, rows).items():
+            bad.refuse(reason, row)
+            del rows[row]
+    return {name: [found.get(name) for found in rows.values()] for name in names}
+
+
+def _other_types(path: Path, name: str, rows: dict[int, dict[str, Any]]) -> dict[int, str]:
+    """Return what is wrong with the rows whose value in a column is not of the common type."""
+    kinds = {row: _kind(found.get(name)) for row, found in rows.items()}
+    counts = Counter(kind for kind in kinds.values() if kind)
+    if len(counts) < 2:
+        return {}
+    common = counts.most_common(1)[0][0]
+    return {
+        row: f"`{path}` must hold values of one type a column, but `{name}` is {kind} in row "
+        f"{row:,} and {common} in most others."
+        for row, kind in kinds.items()
+        if kind not in ("", common)
+    }
+
+
+def _kind(value: Any) -> str:
+    """Return what a person calls the type of a value of JSON; empty for none."""
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "")
 
 
 def _read_parquet(path: Path) -> "Dataset":

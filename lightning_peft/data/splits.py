@@ -49,6 +49,18 @@ def sample(rows: int, limit: int | None, seed: int) -> list[int]:
     return sorted(torch.randperm(rows, generator=generator)[:limit].tolist())
 
 
+def few(labels: Sequence[int], shots: int, seed: int) -> list[int]:
+    """Return at most `shots` row numbers of each label, drawn by seed, in ascending order."""
+    generator = torch.Generator().manual_seed(seed)
+    left = dict.fromkeys(labels, shots)
+    chosen = []
+    for row in torch.randperm(len(labels), generator=generator).tolist():
+        if left[labels[row]]:
+            left[labels[row]] -= 1
+            chosen.append(row)
+    return sorted(chosen)
+
+
 def unseen(keys: Sequence[Hashable], held_out: Iterable[Hashable]) -> list[int]:
     """Return the numbers of the rows whose key is not among `held_out`."""
     forbidden = set(held_out)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from lightning_peft.config import check_settings, instantiate
-from lightning_peft.data.classification import ClassificationData
+from lightning_peft.data.rows import RowData
 from lightning_peft.jobs import trainers
 from lightning_peft.jobs.job import Job
 from lightning_peft.jobs.outcome import finish
@@ -55,15 +55,15 @@ def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None =
     return trainer
 
 
-def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, ClassificationData]:
+def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, RowData]:
     """Return the module and the data, with each other's labels and tokenizer."""
     source = instantiate(settings["model"], "model")
-    data: ClassificationData = instantiate(settings["data"], "data")
+    data: RowData = instantiate(settings["data"], "data")
     optimizer = check_settings(PEFTModule, settings["optimizer"], "optimizer")
     adapter = check_settings(PEFTModule, settings["adapter"], "adapter")
     methods = list(instantiate(_reading(settings["method"], source), "method").values())
     task = instantiate(settings["task"], "task")
-    data.connect(source.tokenizer(), labels=getattr(task, "labels", None))
+    task.equip(data, source)
     data.prepare_data()
     module = PEFTModule(source, methods, task.connect(data), **optimizer, **adapter)
     task.check(module.model, data)

@@ -1,16 +1,15 @@
 """A run's checkpoint on rows with known labels: metrics, label by label, and every prediction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import instantiate
-from lightning_peft.data.classification import ClassificationData
+from lightning_peft.data.rows import RowData
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files.last_checkpoint import last_checkpoint
 from lightning_peft.jobs.run_folder import RunFolder
@@ -26,12 +25,14 @@ class Judgement:
     split: str
     metrics: dict[str, float]
     """Metrics of the task by name, without the split's prefix."""
-    rows: list[dict[str, Any]]
-    """The rows as they were read."""
+    inputs: list[Any]
+    """What the model read of each row."""
+    targets: list[Any]
+    """What is right for each row."""
     predictions: list[dict[str, Any]]
     """What the task predicts for each of the rows."""
     per_class: dict[str, dict[str, float]]
-    """Label -> precision, recall, f1 and the number of texts."""
+    """Label -> its scores, for example precision, recall, f1 and the number of texts."""
 
 
 def checkpoint_of(run: RunFolder, which: str) -> Path:
@@ -52,12 +53,12 @@ def checkpoint_of(run: RunFolder, which: str) -> Path:
     return path
 
 
-def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, ClassificationData]:
+def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, RowData]:
     """Return the module of a checkpoint, and the data with its tokenizer and labels."""
     source = instantiate(settings["model"], "model")
     module = PEFTModule.load_from_checkpoint(checkpoint, model=source)
     data = instantiate(settings["data"], "data")
-    data.connect(source.tokenizer(), labels=getattr(module.task, "labels", None))
+    module.task.equip(data, source)
     return module, data
 
 
@@ -66,7 +67,7 @@ def judge(
     checkpoint: Path,
     split: str,
     module: PEFTModule,
-    data: ClassificationData,
+    data: RowData,
 ) -> Judgement:
     """Score a module on the rows of a split, in one process that sees each row once."""
     trainer = for_judging(settings, [progress_bar()])
@@ -76,15 +77,19 @@ def judge(
         found = trainer.test(module, loader, verbose=False)
     else:
         found = trainer.validate(module, loader, verbose=False)
-    predictions = predictions_of(trainer, module, loader)
-    rows = data.rows(split)
+    inputs, targets = data.inputs(split), data.targets(split)
+    predictions = [
+        module.task.readable(read, prediction)
+        for read, prediction in zip(inputs, predictions_of(trainer, module, loader), strict=True)
+    ]
     return Judgement(
         checkpoint=checkpoint,
         split=split,
         metrics={name.partition("/")[2]: float(value) for name, value in found[0].items()},
-        rows=rows,
+        inputs=inputs,
+        targets=targets,
         predictions=predictions,
-        per_class=_per_class(module.task, [str(row[data.label]) for row in rows], predictions),
+        per_class=module.task.by_class(targets, predictions),
     )
 
 
@@ -92,10 +97,3 @@ def predictions_of(trainer: Trainer, module: PEFTModule, loader: Any) -> list[di
     """Return the task's predictions for the rows of a loader, in order."""
     batches = trainer.predict(module, loader) or []
     return [row for batch in batches for row in batch]
-
-
-def _per_class(task: Any, gold: Sequence[str], predictions: Sequence[Mapping[str, Any]]) -> Any:
-    numbers = {label: number for number, label in enumerate(task.labels)}
-    chosen = torch.tensor([numbers[row["label"]] for row in predictions])
-    report = task.report(chosen, torch.tensor([numbers[label] for label in gold]))
-    return {row.pop("label"): row for row in report}

@@ -11,17 +11,15 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 
-from lightning_peft.baseline import frozen_baselines
 from lightning_peft.callbacks import log_adapter
 from lightning_peft.config import instantiate
-from lightning_peft.data.classification import ClassificationData
+from lightning_peft.data.rows import RowData
 from lightning_peft.errors import ConfigError, DataError, MissingExtraError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.judging import Judgement
 from lightning_peft.jobs.run_folder import RunFolder, title
 from lightning_peft.module import PEFTModule
 from lightning_peft.report import (
-    Example,
     Report,
     Result,
     choose_examples,
@@ -46,22 +44,22 @@ def finish(settings: Mapping[str, Any], run: RunFolder, trainer: Trainer, baseli
     found = {s: judging.judge(settings, checkpoint, s, module, data) for s in splits}
     results = _baselines(settings, trainer, module, data) if baseline else []
     results.append(_result(settings, run, trainer, module, found))
-    report = _report(settings, run, module, results, found, data)
+    report = _report(settings, run, module, results, found)
     write_report(run.path, report)
     print_report(report)
     _finish_loggers(trainer)
 
 
 def _baselines(
-    settings: Mapping[str, Any], trainer: Trainer, module: PEFTModule, data: ClassificationData
+    settings: Mapping[str, Any], trainer: Trainer, module: PEFTModule, data: RowData
 ) -> list[Result]:
-    """Return what classifiers on the frozen base are worth; none where it has no such form."""
+    """Return what the frozen base is worth; nothing where it has no form to measure."""
     model = module.task.load_model(instantiate(settings["model"], "model"))
     total = sum(parameter.numel() for parameter in model.parameters())
     test = data.test_dataloader() if data.has_split("test") else None
     loaders = data.train_dataloader(), data.val_dataloader(), test
     try:
-        found = frozen_baselines(model.to(trainer.strategy.root_device), module.task, *loaders)
+        found = module.task.baselines(model.to(trainer.strategy.root_device), *loaders)
     except ConfigError as error:
         rank_zero_warn(f"There is no baseline to compare with: {error}")
         return []
@@ -104,29 +102,17 @@ def _report(
     module: PEFTModule,
     results: list[Result],
     found: Mapping[str, Judgement],
-    data: ClassificationData,
 ) -> Report:
     shown = found.get("test", found["validation"])
+    examples = map(module.task.example, shown.inputs, shown.targets, shown.predictions)
     return Report(
         title=title(settings),
         metric=module.task.monitor.partition("/")[2],
         results=results,
-        examples=choose_examples(_examples(shown, data)),
+        examples=choose_examples([one for one in examples if one is not None]),
         per_class=shown.per_class,
         paths=_paths(run, shown.checkpoint),
     )
-
-
-def _examples(shown: Judgement, data: ClassificationData) -> list[Example]:
-    return [
-        Example(
-            text=str(row[data.text]),
-            gold=str(row[data.label]),
-            predicted=predicted["label"],
-            score=predicted["score"],
-        )
-        for row, predicted in zip(shown.rows, shown.predictions, strict=True)
-    ]
 
 
 def _paths(run: RunFolder, checkpoint: Path) -> dict[str, Path]:

@@ -1,8 +1,8 @@
-"""`job=predict run=<folder> data.path=new.csv`: label new rows."""
+"""`job=predict run=<folder> data.path=new.csv`: write what a run says of new rows."""
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from omegaconf import DictConfig
 
 from lightning_peft.callbacks import progress_bar
+from lightning_peft.config import TARGET, find_target
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.job import Job
@@ -25,32 +26,33 @@ _FORMATS = (".csv", ".jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(Job):
-    """Write the rows of `data.path` with a label, its probability and that of each label."""
+    """Write the rows of `data.path` with what the task predicts for each."""
 
     checkpoint: str = "best"
     """Which one: best, last, or a file."""
 
     output: str | None = None
-    """File to write, .csv or .jsonl; None puts `<input>.predictions.csv` beside the input."""
+    """File to write, .csv or .jsonl; None puts `<input>.predictions.<the task's>` beside it."""
 
     overwrite: bool = False
     """Replace the file when it exists."""
 
     def run(self, config: DictConfig) -> None:
         settings, run = resolved(config), existing(config, "predict")
-        output = self._output(settings["data"].get("path"), run.path)
+        task: Any = find_target(settings["task"][TARGET])
+        output = self._output(settings["data"].get("path"), run.path, task.suffix)
         module, data = judging.load(settings, judging.checkpoint_of(run, self.checkpoint))
-        rows = data.predict_rows()
+        rows, inputs = data.predict_rows(), data.inputs("predict")
         with _replacing(output) as file:
-            writer = RowWriter(file, output.suffix, rows)
+            writer = RowWriter(file, output.suffix, rows, inputs, module.task.readable)
             trainer = for_judging(settings, [writer, progress_bar()])
             trainer.predict(module, data.predict_dataloader(), return_predictions=False)
         console = open_console()
         console.print(f"{writer.written:,} rows written to {output}", soft_wrap=True)
 
-    def _output(self, source: Any, folder: Path) -> Path:
+    def _output(self, source: Any, folder: Path, suffix: str) -> Path:
         source = source.get("predict", source.get("test")) if isinstance(source, dict) else source
-        default = f"{source}.predictions.csv" if source else folder / "predictions.csv"
+        default = f"{source}.predictions{suffix}" if source else folder / f"predictions{suffix}"
         output = Path(self.output or default).expanduser()
         if output.suffix not in _FORMATS:
             raise ConfigError(
@@ -75,12 +77,21 @@ class RowWriter(BasePredictionWriter):
         file: An open text file.
         suffix: `.csv` or `.jsonl`.
         rows: The rows in the order of the predictions.
+        inputs: What the model reads of them.
+        readable: Completes a prediction by what was read.
     """
 
-    def __init__(self, file: IO[str], suffix: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        file: IO[str],
+        suffix: str,
+        rows: Sequence[Mapping[str, Any]],
+        inputs: Sequence[Any],
+        readable: Callable[[Any, dict[str, Any]], Mapping[str, Any]],
+    ) -> None:
         super().__init__("batch")
         self.written = 0
-        self._file, self._rows = file, rows
+        self._file, self._rows, self._inputs, self._readable = file, rows, inputs, readable
         self._as_csv = suffix == ".csv"
         self._columns: list[str] = []
 
@@ -94,9 +105,8 @@ class RowWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        rows = self._rows[self.written : self.written + len(prediction)]
-        for row, predicted in zip(rows, prediction, strict=True):
-            self._write(_beside(row, predicted))
+        for i, predicted in enumerate(prediction, self.written):
+            self._write(_beside(self._rows[i], self._readable(self._inputs[i], predicted)))
         self.written += len(prediction)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -107,7 +117,7 @@ class RowWriter(BasePredictionWriter):
         if not self._columns:
             self._columns = list(row)
             writer.writerow(self._columns)
-        writer.writerow([row[name] for name in self._columns])
+        writer.writerow([_cell(row[name]) for name in self._columns])
 
 
 def _beside(row: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +135,13 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def _cell(value: Any) -> Any:
+    """Return what is more than one value as JSON."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def score(settings: dict[str, Any], run: RunFolder, which: str, split: str) -> N
     module, data = judging.load(settings, checkpoint)
     found = judging.judge(settings, checkpoint, split, module, data)
     _print(found)
-    kept = {k: v for k, v in asdict(found).items() if k not in ("rows", "predictions")}
+    kept = {k: v for k, v in asdict(found).items() if k not in ("inputs", "targets", "predictions")}
     file = run.path / f"{split}.json"
     file.write_text(json.dumps(kept, indent=2, default=str) + "\n", encoding="utf-8")
     open_console().print(f"written to {file}", soft_wrap=True, highlight=False)
@@ -47,18 +47,21 @@ def _was_given(setting: str) -> bool:
 
 
 def _print(found: judging.Judgement) -> None:
-    rows = sum(int(scores["texts"]) for scores in found.per_class.values())
-    table = Table(title=f"{found.split}: {rows:,} rows, {found.checkpoint.name}")
-    names = list(next(iter(found.per_class.values())))
-    for column in ("label", *names):
-        table.add_column(column, justify="left" if column == "label" else "right")
-    for label, scores in found.per_class.items():
-        table.add_row(label, *(_number(name, scores[name]) for name in names))
+    title = f"{found.split}: {len(found.targets):,} rows, {found.checkpoint.name}"
     console = open_console()
-    console.print(table)
+    if found.per_class:
+        names = list(next(iter(found.per_class.values())))
+        table = Table(title=title)
+        for column in ("label", *names):
+            table.add_column(column, justify="left" if column == "label" else "right")
+        for label, scores in found.per_class.items():
+            table.add_row(label, *(_number(scores[name]) for name in names))
+        console.print(table)
+    else:
+        console.print(title, highlight=False)
     for name, value in found.metrics.items():
         console.print(f"{found.split} {name}: {value:.4f}", highlight=False)
 
 
-def _number(name: str, value: float) -> str:
-    return f"{value:,.0f}" if name == "texts" else f"{value:.3f}"
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"  # a count, or a score

@@ -1,8 +1,9 @@
 """One label for each text: sentiment, topic, intent, or the relation of a pair of texts."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
@@ -14,10 +15,20 @@ from torchmetrics.functional.classification import (
     multiclass_stat_scores,
 )
 
+from lightning_peft.baseline import Baseline, frozen_baselines
 from lightning_peft.errors import ConfigError, DataError
+from lightning_peft.report import Example
+from lightning_peft.tasks.outputs import (
+    check_outputs,
+    load_classifier,
+    logits_of,
+    require_labels,
+)
 from lightning_peft.tasks.task import StepOutput, Task
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from lightning_peft.models import ModelSource
 
 
@@ -40,15 +51,31 @@ class SequenceClassification(Task):
 
     Args:
         labels: Their names in the order of the logits; None takes the data's by `connect`.
+        class_weights: How much a text of each label counts in the loss; `balanced` gives all labels
+            the same total by their number of training rows; None counts each text once.
     """
 
     monitor = "val/accuracy"
     mode = "max"
 
-    def __init__(self, labels: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        class_weights: Mapping[str | int, float] | Literal["balanced"] | None = None,
+    ) -> None:
         if labels is not None and len(labels) < 2:
             raise ConfigError(f"`labels` must be two or more names, but is {list(labels)} instead.")
         self.labels = tuple(str(label) for label in labels) if labels is not None else None
+        self.class_weights: dict[str, float] | Literal["balanced"] | None = None
+        if isinstance(class_weights, Mapping):
+            self.class_weights = {str(name): float(w) for name, w in class_weights.items()}
+        else:
+            self.class_weights = class_weights
+        if isinstance(self.class_weights, dict) and min(self.class_weights.values(), default=0) < 0:
+            raise ConfigError(f"`class_weights` must be 0 or more, but is {class_weights} instead.")
+
+    def equip(self, data: Any, source: "ModelSource") -> None:
+        data.connect(source.tokenizer(), labels=self.labels)
 
     def connect(self, data: LabelledData) -> Self:
         """Take the labels of the data, unless the settings give them.
@@ -63,20 +90,18 @@ class SequenceClassification(Task):
                 f", but is {', '.join(found)} instead: set `data.labels=[{','.join(self.labels)}]`."
             )
         self.labels = found
+        if self.class_weights == "balanced":
+            self.class_weights = _balanced(data.label_counts("train"))
+        elif self.class_weights is not None and set(self.class_weights) != set(found):
+            raise DataError(
+                f"`class_weights` must be given for each label ({', '.join(found)}), but is for "
+                f"{', '.join(self.class_weights)} instead."
+            )
         return self
 
     def load_model(self, source: "ModelSource") -> nn.Module:
         labels = self._named_labels()
-        model = source.load(
-            "AutoModelForSequenceClassification",
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
-        # Decoders read the last token that is not padding, so they must know which one pads.
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = source.tokenizer().pad_token_id
-        return model
+        return load_classifier(source, labels, "AutoModelForSequenceClassification")
 
     def metrics(self) -> MetricCollection:
         classes = len(self._named_labels())
@@ -89,13 +114,10 @@ class SequenceClassification(Task):
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepOutput:
         """Return the mean cross-entropy, the chosen labels `(batch,)` and the right ones."""
-        if "labels" not in batch:
-            raise DataError(
-                f"a batch must have `labels`, but has {', '.join(batch)} instead: give the data "
-                f"module the column of the labels."
-            )
+        require_labels(batch, "labels")
         logits, targets = self._logits(model, batch), batch["labels"]
-        return StepOutput(cross_entropy(logits, targets), logits.argmax(-1), targets)
+        loss = cross_entropy(logits, targets, self._weights(logits))
+        return StepOutput(loss, logits.argmax(-1), targets)
 
     def predictions(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Return for each text its label, that label's probability, and all probabilities."""
@@ -111,6 +133,28 @@ class SequenceClassification(Task):
             }
             for choice, score, row in rows
         ]
+
+    def example(self, read: str, target: str, prediction: Mapping[str, Any]) -> Example:
+        return Example(
+            text=read, gold=target, predicted=prediction["label"], score=prediction["score"]
+        )
+
+    def by_class(
+        self, targets: Sequence[str], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, dict[str, float]]:
+        numbers = {label: number for number, label in enumerate(self._named_labels())}
+        chosen = torch.tensor([numbers[row["label"]] for row in predictions])
+        rows = self.report(chosen, torch.tensor([numbers[label] for label in targets]))
+        return {row.pop("label"): row for row in rows}
+
+    def baselines(
+        self,
+        model: nn.Module,
+        train: "DataLoader[Any]",
+        validation: "DataLoader[Any]",
+        test: "DataLoader[Any] | None",
+    ) -> list[Baseline]:
+        return frozen_baselines(model, self, train, validation, test)
 
     def report(self, predictions: Tensor, targets: Tensor) -> list[dict[str, Any]]:
         """Return precision, recall, F1 and the number of texts of each label, shapes `(texts,)`."""
@@ -137,12 +181,7 @@ class SequenceClassification(Task):
         """
         self.connect(data)
         labels = self._named_labels()
-        outputs = getattr(getattr(model, "config", None), "num_labels", None)
-        if outputs is not None and outputs != len(labels):
-            raise DataError(
-                f"`data.labels` must be as many as the model has outputs ({outputs}), but is "
-                f"{', '.join(labels)} instead."
-            )
+        check_outputs(model, labels, "data.labels")
         _check_names(model, labels)
         counts = data.label_counts("train")
         present = [label for label, count in counts.items() if count]
@@ -156,20 +195,17 @@ class SequenceClassification(Task):
         from lightning_peft.config import target_of
 
         labels = list(self.labels) if self.labels is not None else None
-        return {"_target_": target_of(type(self)), "labels": labels}
+        own = {"labels": labels, "class_weights": self.class_weights}
+        return {"_target_": target_of(type(self)), **own}
+
+    def _weights(self, logits: Tensor) -> Tensor | None:
+        """Return the weight of each label, `(labels,)`; None where all count the same."""
+        if not isinstance(self.class_weights, dict):
+            return None
+        return logits.new_tensor([self.class_weights[label] for label in self._named_labels()])
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits in float32, shape `(batch, labels)`."""
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-        if logits is None or logits.dim() != 2:
-            shape = None if logits is None else tuple(logits.shape)
-            raise ConfigError(
-                f"`model` must return `logits` of shape (batch, labels), but "
-                f"{type(model).__name__} returns {shape} instead: use a model for sequence "
-                f"classification."
-            )
-        return logits.float()
+        return logits_of(model, batch, "(batch, labels)", "sequence classification")
 
     def _named_labels(self) -> tuple[str, ...]:
         if self.labels is None:
@@ -178,6 +214,12 @@ class SequenceClassification(Task):
                 "`SequenceClassification(labels=[...])`, or call `connect(data)` first."
             )
         return self.labels
+
+
+def _balanced(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return n / (labels · count) for each label, 0 for one without rows."""
+    total = sum(counts.values()) / len(counts)
+    return {label: total / count if count else 0.0 for label, count in counts.items()}
 
 
 def _check_names(model: nn.Module, labels: tuple[str, ...]) -> None:

@@ -1,13 +1,18 @@
 """What a batch means: loss, predictions and metrics. One task, one file."""
 
 import abc
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
+from lightning_peft.report import Example
+
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
     from torchmetrics import MetricCollection
 
+    from lightning_peft.baseline import Baseline
     from lightning_peft.models import ModelSource
 
 
@@ -22,6 +27,15 @@ class StepOutput(NamedTuple):
     """What is right, in the same form."""
 
 
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the model reads of a batch: all but `labels` and what begins with `row_`."""
+    return {
+        name: value
+        for name, value in batch.items()
+        if name != "labels" and not name.startswith("row_")
+    }
+
+
 class Task(abc.ABC):
     """Settings of a task, without modules or state, so that a checkpoint can store them."""
 
@@ -29,6 +43,12 @@ class Task(abc.ABC):
     """The metric by which the best checkpoint is chosen."""
     mode: str = "min"
     """Whether the better value of `monitor` is the smaller (min) or the larger (max)."""
+    suffix: str = ".csv"
+    """Ending of the file that predictions are written to, unless a user names another."""
+
+    def equip(self, data: Any, source: "ModelSource") -> None:
+        """Give the data what the model reads with: a tokenizer."""
+        data.connect(source.tokenizer())
 
     def connect(self, data: Any) -> Self:
         """Take from the data what the settings leave open, for example the labels."""
@@ -49,6 +69,40 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def predictions(self, model: nn.Module, batch: Any) -> list[dict[str, Any]]:
         """Return for each row of a batch what a person can read; targets are not needed."""
+
+    @abc.abstractmethod
+    def example(self, read: Any, target: Any, prediction: Mapping[str, Any]) -> Example | None:
+        """Return one prediction as the report shows it; None for one that shows nothing.
+
+        Args:
+            read: What the model read, as `RowData.inputs` gives it.
+            target: What is right, as `RowData.targets` gives it.
+            prediction: One of `predictions`, made `readable`.
+        """
+
+    def readable(self, read: Any, prediction: dict[str, Any]) -> dict[str, Any]:
+        """Complete a prediction by what only the row itself tells, before it is written."""
+        return prediction
+
+    def by_class(
+        self, targets: Sequence[Any], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, dict[str, float]]:
+        """Return the scores of each label, or of what else the report's second table has."""
+        return {}
+
+    def baselines(
+        self,
+        model: nn.Module,
+        train: "DataLoader[Any]",
+        validation: "DataLoader[Any]",
+        test: "DataLoader[Any] | None",
+    ) -> "list[Baseline]":
+        """Return what the base is worth without a method, the best first; none by default.
+
+        Raises:
+            ConfigError: The model has no form that could be measured so.
+        """
+        return []
 
     @abc.abstractmethod
     def check(self, model: nn.Module, data: Any) -> None:

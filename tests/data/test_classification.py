@@ -286,3 +286,30 @@ def test_a_real_corpus_without_headers(tokenizer):
     assert [len(data.rows(split)) for split in ("validation", "test")] == [872, 1821]
     assert len(data.rows("train")) + data.dropped == 6920
     assert data.rows("test")[0]["sentence"] == "no movement , no yuks , not much of anything"
+
+
+def test_shots_keep_so_many_training_rows_of_each_label(path, tokenizer):
+    data = ClassificationData(path=path, shots=3, validation=0.25).connect(tokenizer)
+    data.setup("fit")
+    assert data.label_counts("train") == {"bad": 3, "good": 3}
+    assert len(data.rows("validation")) == 10
+    again = ClassificationData(path=path, shots=3, validation=0.25).connect(tokenizer)
+    other = ClassificationData(path=path, shots=3, validation=0.25, seed=1).connect(tokenizer)
+    assert again.rows("train") == data.rows("train") != other.rows("train")
+    with pytest.raises(ConfigError, match="`shots` must be at least 1, but is 0"):
+        ClassificationData(path=path, shots=0)
+
+
+def test_batches_of_like_lengths_hold_every_row(path, tokenizer):
+    data = ClassificationData(path=path, batch_size=4, by_length=True).connect(tokenizer)
+    batches = loaded(data.train_dataloader())
+    assert sum(len(batch["labels"]) for batch in batches) == 36
+    padding = sum((batch["attention_mask"] == 0).sum() for batch in batches)
+    plain = ClassificationData(path=path, batch_size=4).connect(tokenizer)
+    assert padding < sum((b["attention_mask"] == 0).sum() for b in plain.train_dataloader())
+
+
+def test_plain_lines_can_be_predicted(tmp_path, tokenizer):
+    (tmp_path / "new.txt").write_text("good tea\n\nbad jam\n")
+    data = ClassificationData(path=str(tmp_path / "new.txt")).connect(tokenizer, ("bad", "good"))
+    assert data.predict_rows() == [{"text": "good tea"}, {"text": "bad jam"}]

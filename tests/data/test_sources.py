@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from lightning_peft.data import sources
-from lightning_peft.data.sources import read_file, read_hub, require_columns, require_texts
+from lightning_peft.data.sources import bad_texts, read_file, read_hub, require_columns
 from lightning_peft.errors import DataError
 from lightning_peft.models import HubAnswer
 
@@ -159,16 +159,17 @@ def test_a_missing_column_is_told_with_those_that_exist():
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"),
+    ("texts", "bad", "message"),
     [
-        (["a", " \n", "c", None], r"is empty in row 2 \(2 such rows\)"),
-        (["a", "b", None], "is empty in row 3: fill"),
-        ([1, 2, 3], "is 1 in row 1"),
+        (["a", " \n", "c", None], [1, 3], "is empty in row 2 (2 such rows)"),
+        (["a", "b", None], [2], "is empty in row 3: fill"),
+        ([1, 2, 3], [0, 1, 2], "is 1 in row 1"),
     ],
 )
-def test_rows_without_a_text_are_told_by_number(texts, message):
-    with pytest.raises(DataError, match=message):
-        require_texts(Dataset.from_dict({"text": texts}), "`f.csv`", "text")
+def test_rows_without_a_text_are_told_by_number(texts, bad, message):
+    found = bad_texts(Dataset.from_dict({"text": texts}), "`f.csv`", "text")
+    assert list(found) == bad
+    assert message in found[bad[0]]
 
 
 @pytest.mark.parametrize("answer", [a for a in HubAnswer if a is not HubAnswer.FOUND])

@@ -50,6 +50,7 @@ def test_a_run_leaves_everything_in_its_folder(fitted: tuple[Path, Command]) -> 
     assert [path.name for path in folder.parent.iterdir()] == ["run"]
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == {
+        "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/lightning_peft.json",
         "checkpoints/best.ckpt",

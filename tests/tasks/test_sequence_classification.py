@@ -176,3 +176,23 @@ def test_a_batch_without_labels_has_no_loss(task, build, batch):
     del batch["labels"]
     with pytest.raises(DataError, match="a batch must have `labels`, but has input_ids, attention"):
         task.step(build("bert").model, batch)
+
+
+def test_balanced_weights_give_every_label_the_same_total(build, batch):
+    task = SequenceClassification(class_weights="balanced").connect(Data(counts=(2, 4, 6)))
+    assert task.class_weights == {"bad": 2.0, "fair": 1.0, "good": pytest.approx(2 / 3)}
+    model = build("bert").model
+    logits = model(**batch).logits
+    weights = torch.tensor(list(task.class_weights.values()))
+    expected = nn.functional.cross_entropy(logits, batch["labels"], weights)
+    torch.testing.assert_close(task.step(model, batch).loss, expected)
+    assert instantiate(task.to_spec()).class_weights == task.class_weights
+
+
+def test_weights_are_for_the_labels_there_are():
+    task = SequenceClassification(class_weights={"bad": 1, "good": 2})
+    with pytest.raises(DataError, match=r"`class_weights` must be given for each label \(bad, f"):
+        task.connect(Data())
+    with pytest.raises(ConfigError, match="`class_weights` must be 0 or more"):
+        SequenceClassification(class_weights={"bad": -1.0})
+    assert SequenceClassification(class_weights={0: 1, 1: 2}).class_weights == {"0": 1.0, "1": 2.0}

@@ -1,0 +1,69 @@
+"""Rows that cannot be used: the first one stops the reading, or each is left out and counted."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lightning_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SKIP = "set `data.skip_bad_rows=true` to leave such rows out"
+"""What ends a sentence about a bad row."""
+
+
+class BadRows:
+    """What becomes of the bad rows of one file, and how many there were.
+
+    Args:
+        skip: Leave them out and count them, instead of stopping at the first.
+    """
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
+        self.reasons: list[str] = []
+        """Why each row was left out."""
+        self.unreadable: set[int] = set()
+        """The numbers in the file, from 1, of those that could not even be read as a row."""
+
+    def refuse(self, reason: str, row: int | None = None) -> None:
+        """Note a bad row, or stop.
+
+        Args:
+            reason: What is wrong, as a sentence with the file and the place in it.
+            row: The row's number in the file, from 1, when it cannot even be read as a row.
+
+        Raises:
+            DataError: Bad rows are not to be left out.
+        """
+        if not self.skip:
+            raise DataError(reason)
+        self.reasons.append(reason)
+        if row is not None:
+            self.unreadable.add(row)
+
+    def number(self, index: int) -> int:
+        """Return the number in the file, from 1, of the row that was read as number `index`."""
+        number = index + 1
+        for unreadable in sorted(self.unreadable):
+            number += unreadable <= number
+        return number
+
+    def without(self, rows: "Dataset", problems: Mapping[int, str]) -> "Dataset":
+        """Return the rows but for those with a problem.
+
+        Args:
+            rows: As read.
+            problems: What is wrong, by the row's index, the first row first.
+
+        Raises:
+            DataError: Bad rows are not to be left out, or no row is left.
+        """
+        if not problems:
+            return rows
+        for reason in problems.values():
+            self.refuse(reason)
+        kept = [i for i in range(len(rows)) if i not in problems]
+        if not kept:
+            raise DataError(f"no row can be used: {self.reasons[0]}")
+        return rows.select(kept)

@@ -1,0 +1,275 @@
+"""`RowData`: what the data modules of all tasks share; each says what is a row of its task."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.by_length import ByLength, lengths_of
+from lightning_peft.data.origin import SPLITS, Origin
+from lightning_peft.data.sources import require_columns
+from lightning_peft.data.splits import few, sample, stratified_split, unseen
+from lightning_peft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_STAGES = dict(zip(SPLITS, ("fit", "fit", "test", "predict"), strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which rows are used, and for what.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
+
+    validation: float = 0.1
+    """Share of the training rows to hold out where there is no validation split."""
+    seed: int = 0
+    """Seed of all draws."""
+    limit: int | None = None
+    """At most so many rows of each split; for trials."""
+    shots: int | None = None
+    """At most so many training rows of each label."""
+    skip_bad_rows: bool = False
+    """Leave rows out that cannot be used, and count them, instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(limit=self.limit, shots=self.shots)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How batches are made.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
+
+    batch_size: int = 32
+    """Rows in a batch."""
+    num_workers: int = 0
+    """Processes that load batches."""
+    by_length: bool = False
+    """Train on batches of like lengths, which have little padding."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(batch_size=self.batch_size)
+
+
+class RowData(pl.LightningDataModule, abc.ABC):
+    """Rows by split, read once, checked, and made into batches.
+
+    Without a validation split one is drawn from the training rows. Training rows that are held out
+    too are left out, and counted in `dropped`; rows that cannot be used stop the reading, or are
+    left out and counted in `skipped`. Training order follows the global random state, or the seed
+    and the epoch where batches are made of like lengths.
+
+    A data module of a task derives from this class and says what the columns are, what is wrong
+    with a row, and what the model gets of it.
+
+    Args:
+        origin: Where the rows come from.
+        choice: Which of them are used.
+        loading: How batches are made of them.
+    """
+
+    def __init__(self, origin: Origin, choice: Choice, loading: Loading) -> None:
+        super().__init__()
+        self.origin, self.choice, self.loading = origin, choice, loading
+        self.batch_size = loading.batch_size  # where Lightning's batch-size finder looks for it
+        self.dropped = 0
+        """Training rows left out because a held-out split has them too."""
+        self.skipped: dict[str, int] = {}
+        """Rows of each split left out because they cannot be used."""
+        self._tables: dict[str, Dataset | None] = {}  # as read; None is a split without rows
+        self._rows: dict[str, Dataset] = {}  # as split and limited
+        self._items: dict[str, Any] = {}  # what the model gets of them
+
+    @abc.abstractmethod
+    def connect(self, processor: Any, labels: Sequence[str] | None = None) -> Self:
+        """Take what the model reads with, and the labels of one that is already trained."""
+
+    @abc.abstractmethod
+    def columns(self, split: str, rows: "Dataset") -> dict[str, str | None]:
+        """Return the columns that rows must have, by the setting that names each."""
+
+    @abc.abstractmethod
+    def problems(self, split: str, rows: "Dataset", number: Callable[[int], int]) -> dict[int, str]:
+        """Return what is wrong with rows, by their index.
+
+        Args:
+            split: Which they are of.
+            rows: As read, with the columns that they must have.
+            number: Gives the number in the file of the row with an index.
+        """
+
+    def formed(self, split: str, rows: "Dataset") -> "Dataset":
+        """Return rows without a problem in the form that the task knows; as they are by default."""
+        return rows
+
+    @abc.abstractmethod
+    def keys(self, rows: "Dataset") -> list[Hashable]:
+        """Return what makes two rows the same, so that one must not be held out and trained on."""
+
+    @abc.abstractmethod
+    def strata(self, split: str, rows: "Dataset") -> list[int]:
+        """Return numbers whose proportions a drawn split keeps: the labels, or zeros."""
+
+    @abc.abstractmethod
+    def items(self, split: str, rows: "Dataset") -> Any:
+        """Return what the model gets of each row, as a sequence."""
+
+    @abc.abstractmethod
+    def collator(self) -> Callable[[Any], Any]:
+        """Return what makes a batch of a list of items; it must survive pickling."""
+
+    @abc.abstractmethod
+    def inputs(self, split: str) -> list[Any]:
+        """Return what the model reads of each row of a split, as a person knows it."""
+
+    @abc.abstractmethod
+    def targets(self, split: str) -> list[Any]:
+        """Return what is right for each row of a split."""
+
+    def has_split(self, split: str) -> bool:
+        """Whether there are rows for `split`: train, validation, test or predict."""
+        drawn = split == "validation" and self._read("train") is not None
+        return drawn or self._read(split) is not None
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        """Return the rows of a split as they were read, in the order of its unshuffled loader."""
+        return self.chosen(split).to_list()
+
+    def predict_rows(self) -> list[dict[str, Any]]:
+        """Return the rows to predict as they were read, in the order of the predictions."""
+        return self.rows("predict")
+
+    def prepare_data(self) -> None:
+        """Download a data set of the hub, once on each machine."""
+        self.origin.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Read, check and split what the stage needs; a second call changes nothing.
+
+        Raises:
+            DataError: A file, a column or a row is not as it must be.
+        """
+        if stage in ("fit", "validate") and "train" not in self._rows:
+            self._split_training_rows()
+        elif stage == "test" and stage not in self._rows:
+            self._rows["test"] = self._limited(self.table("test"))
+        elif stage == "predict" and stage not in self._rows:
+            self._rows["predict"] = self.table("predict")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict")
+
+    def table(self, split: str) -> "Dataset":
+        """Return the rows of a split as read, those that cannot be used left out.
+
+        Raises:
+            DataError: There are none, or one cannot be used.
+        """
+        table = self._read(split)
+        if table is None:
+            raise DataError(
+                f"`path` must give rows for {split}, but {self.origin.name(split)} has none: name "
+                f"files by split, as in `data.path='{{train: <file>, {split}: <file>}}'`."
+            )
+        return table
+
+    def chosen(self, split: str) -> "Dataset":
+        """Return the rows of a split that are used, in the order of its unshuffled loader."""
+        self.setup(_STAGES[split])
+        return self._rows[split]
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+        if split not in self._items:
+            self._items[split] = self.items(split, self.chosen(split))
+        items, workers = self._items[split], self.loading.num_workers
+        by_length = shuffle and self.loading.by_length
+        return DataLoader(
+            items,
+            batch_size=self.batch_size,
+            shuffle=shuffle and not by_length,
+            sampler=self._sampler(items) if by_length else None,
+            collate_fn=self.collator(),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _sampler(self, items: Any) -> ByLength:
+        return ByLength(lengths_of(items["input_ids"]), self.batch_size, self.choice.seed)
+
+    def _split_training_rows(self) -> None:
+        table, validation = self.table("train"), self._read("validation")
+        train = self._without(table, self._read("test"))
+        self.dropped = len(table) - len(train)
+        if validation is None:
+            strata = self.strata("train", train)
+            kept, drawn = stratified_split(strata, self.choice.validation, self.choice.seed)
+            train, validation = train.select(kept), train.select(drawn)
+        new = self._without(train, validation)
+        self.dropped += len(train) - len(new)
+        if self.dropped:
+            rank_zero_info(f"Left out {self.dropped:,} training rows whose text is held out too.")
+        if len(new) == 0:
+            raise DataError(
+                f"`path` must give training rows that are not held out too, but all of "
+                f"{self.origin.name('train')} stand in another split."
+            )
+        if self.choice.shots is not None:
+            new = new.select(few(self.strata("train", new), self.choice.shots, self.choice.seed))
+        self._rows |= {"train": self._limited(new), "validation": self._limited(validation)}
+
+    def _without(self, rows: "Dataset", held_out: "Dataset | None") -> "Dataset":
+        """Return the rows that do not stand in `held_out`."""
+        if held_out is None:
+            return rows
+        return rows.select(unseen(self.keys(rows), self.keys(held_out)))
+
+    def _limited(self, rows: "Dataset") -> "Dataset":
+        return rows.select(sample(len(rows), self.choice.limit, self.choice.seed))
+
+    def _read(self, split: str) -> "Dataset | None":
+        """Read and check a split once; None where there is none."""
+        if split not in self._tables:
+            bad = BadRows(self.choice.skip_bad_rows)
+            table = self.origin.read(split, bad)
+            if table is not None:
+                require_columns(table, self.origin.name(split), **self.columns(split, table))
+                table = bad.without(table, self.problems(split, table, bad.number))
+                table = self.formed(split, table)
+            self.skipped[split] = len(bad.reasons)
+            if bad.reasons:
+                rank_zero_info(
+                    f"Left out {len(bad.reasons):,} rows of {self.origin.name(split)} that cannot "
+                    f"be used. The first: {bad.reasons[0]}"
+                )
+            self._tables[split] = table
+        return self._tables[split]
+
+
+def _at_least_one(**settings: int | None) -> None:
+    for setting, value in settings.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"`{setting}` must be at least 1, but is {value} instead.")
