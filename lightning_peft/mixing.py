@@ -25,17 +25,17 @@ from lightning_peft.structure import anatomy, batch
 
 Signs = Mapping[Key, Hashable]
 
-Acting = dict[tuple[int, str], tuple[str, bool]]
-"""By slot and name of a delta, an adapter, and whether it acts on the rows with or without that."""
+Owners = dict[tuple[int, str], str]
+"""The adapter of a delta, by its slot and its name there."""
 
 
 class StandIn(Delta):
     """The base's values of tensors in whose place an adapter has its own."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], adapter: str) -> None:
         super().__init__()
         self.__dict__["tensors"] = dict(tensors)  # of no state dict
-        self.active = False
+        self.active, self.adapter = False, adapter
 
     def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
         """Return the base's tensor."""
@@ -59,9 +59,9 @@ class Scene:
         self.running: list[tuple[nn.Module, list[Delta]]] = []
         self.partings: list[tuple[nn.Module, Parting]] = []
         modules = modules_of(model)
-        acts = self._acting(modules)
+        owners = self._owners(modules)
         with self._stood_in():
-            self._fill(modules, acts)
+            self._fill(modules, owners)
 
     @contextmanager
     def entered(self, plan: Plan) -> Iterator[None]:
@@ -74,18 +74,23 @@ class Scene:
                 slot = slot_of(host)
                 stack.callback(_let_run, slot, slot.running)
                 slot.running = running
+            around, self.present.entered = self.present.entered, self
+            stack.callback(setattr, self.present, "entered", around)
+            for module, parting in [] if around is None else around.partings:
+                stack.callback(_part, module, parting)
+                _unite(module)
             for module, parting in self.partings:
-                stack.callback(_let_part, module, module.__dict__.get(APART))
-                _let_part(module, parting)
+                stack.callback(_unite, module)
+                _part(module, parting)
             yield
 
-    def _fill(self, modules: Mapping[str, nn.Module], acts: Acting) -> None:
+    def _fill(self, modules: Mapping[str, nn.Module], owners: Owners) -> None:
         rowless, read = self._rowless(), anatomy.read_by_parents(self.model)
         partings: dict[str, list[Signs]] = {}
         mixtures: dict[str, Mixture] = {}
         for name, host in _hosts(modules).items():
             slot = slot_of(host)
-            chains = reaching({key: _chain(slot, acts, key) for key in self.keys})
+            chains = reaching({key: _chain(slot, owners, key) for key in self.keys})
             self.running.append((host, []))
             if not any(chains.values()):
                 continue
@@ -103,16 +108,15 @@ class Scene:
                 parting = Parting(name, self.batch, signs, mixtures.get(name), self._trained(name))
                 self.partings.append((modules[name], parting))
 
-    def _acting(self, modules: Mapping[str, nn.Module]) -> Acting:
-        """Return for which rows a delta acts; the base's stand-ins are among what does."""
-        acts: Acting = {}
+    def _owners(self, modules: Mapping[str, nn.Module]) -> Owners:
+        """Return whose each delta is, and make the base's stand-ins."""
+        owners: Owners = {}
         for adapter in self.present.values():
-            acts |= {(id(slot), name): (adapter.name, True) for slot, name in adapter.placed()}
+            owners |= {(id(slot), name): adapter.name for slot, name in adapter.placed()}
             for owner, tensors in adapter.replaced("mixed()").items():
                 host, key = modules[owner], f"{adapter.name}_base"
-                self.stand_ins.append((host, key, stand_in := StandIn(tensors)))
-                acts[id(stand_in), ""] = adapter.name, False
-        return acts
+                self.stand_ins.append((host, key, StandIn(tensors, adapter.name)))
+        return owners
 
     @contextmanager
     def _stood_in(self) -> Iterator[None]:
@@ -129,11 +133,13 @@ class Scene:
 
     def _rowless(self) -> Mapping[str, str]:
         if self.present.rowless is None:
-            with ExitStack() as stack:
-                for adapter in self.present.values():
-                    if not adapter.is_disabled:
-                        stack.enter_context(adapter.disabled())
-                self.present.rowless = batch.rowless(self.model)
+            slots = [slot_of(host) for host in _hosts(modules_of(self.model)).values()]
+            running = [slot.running for slot in slots]
+            for slot in slots:
+                slot.running = []
+            self.present.rowless = batch.rowless(self.model)
+            for slot, deltas in zip(slots, running, strict=True):
+                slot.running = deltas
         return self.present.rowless
 
     def _trained(self, name: str) -> list[Key]:
@@ -150,7 +156,7 @@ def scene_of(model: nn.Module, present: Registry, keys: Collection[Key]) -> Scen
     kept: Scene | None
     made_at, kept = present.scenes.get(frozenset(keys), (None, None))
     if kept is None or made_at != state:
-        kept = Scene(model, present, keys)
+        kept = Scene(model, present, sorted(keys))
         present.scenes = Forgetful({frozenset(keys): (state, kept)})
     return kept
 
@@ -158,7 +164,8 @@ def scene_of(model: nn.Module, present: Registry, keys: Collection[Key]) -> Scen
 def _state(adapter: Adapter) -> tuple[Any, ...]:
     placed = adapter.placed()
     strength = next((slot[name].strength for slot, name in placed), 1.0)
-    return adapter, adapter.active, adapter.is_disabled, len(placed), strength
+    settled = bool(adapter.in_place) and adapter.active
+    return adapter, settled, adapter.is_disabled, len(placed), strength
 
 
 def _let_run(slot: Slot, running: list[Delta]) -> None:
@@ -168,13 +175,14 @@ def _let_run(slot: Slot, running: list[Delta]) -> None:
         slot.refresh()
 
 
-def _let_part(module: nn.Module, parting: Parting | None) -> None:
-    if APART not in module.__dict__:
-        module.__class__ = subclass(cast(type, type(module)), Apart)
+def _part(module: nn.Module, parting: Parting) -> None:
+    module.__class__ = subclass(cast(type, type(module)), Apart)
     module.__dict__[APART] = parting
-    if parting is None:
-        del module.__dict__[APART]
-        module.__class__ = without(type(module), Apart)
+
+
+def _unite(module: nn.Module) -> None:
+    del module.__dict__[APART]
+    module.__class__ = without(type(module), Apart)
 
 
 def _hosts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -183,13 +191,15 @@ def _hosts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: modules[name] for name in names.values()}
 
 
-def _chain(slot: Slot, acts: Acting, key: Key) -> list[Delta]:
+def _chain(slot: Slot, owners: Owners, key: Key) -> list[Delta]:
     """Return what acts on the rows of a key, the base's own values first."""
     found = []
     for name, delta in slot.items():
-        place = (id(delta), "") if isinstance(delta, StandIn) else (id(slot), name)
-        adapter, present = acts.get(place, ("", True))
-        if (adapter in key) == present:
+        if isinstance(delta, StandIn):
+            acting = delta.adapter not in key
+        else:
+            acting = owners.get((id(slot), name)) in key
+        if acting:
             found.append(cast(Delta, delta))
     found.sort(key=lambda delta: not isinstance(delta, StandIn))
     return [delta if delta.strength == 1 else Part(delta) for delta in found]

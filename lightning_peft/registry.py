@@ -33,6 +33,7 @@ class Registry(dict[str, "Adapter"]):
         self.asking = [ask_for_gradient(module) for module in recomputing(model)]
         self.rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
         self.scenes = Forgetful()
+        self.entered: Any = None  # the scene of the batch that is mixed at this time
         self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
 
     def hold_norms(self) -> None:

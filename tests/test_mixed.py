@@ -4,7 +4,9 @@ As in `test_every_method.py` each method runs on one kind of model that rotates;
 marked slow.
 """
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,22 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_peft import Adapter, BottleneckAdapter, LoRA, inject, mixed, switch
+from lightning_peft import (
+    Adapter,
+    BottleneckAdapter,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    inject,
+    mixed,
+    switch,
+)
 from lightning_peft.config import instantiate
-from lightning_peft.errors import TargetError
+from lightning_peft.errors import AdapterError, TargetError
 from lightning_peft.method import Method
-from lightning_peft.methods import BitFit, FullFineTuning
+from lightning_peft.methods import IA3, BitFit, FullFineTuning
 from tests.catalogue import METHODS
+from tests.test_every_method import structure
 
 Build = Callable[[str], Any]
 Rows = Sequence[str | None]
@@ -57,6 +69,7 @@ def filled(example: Any, names: Rows, methods: Any) -> list[Adapter]:
     """Inject an adapter of each name, with values that change the outputs, all trainable."""
     adapters = []
     for i, name in enumerate(names):
+        torch.manual_seed(i)
         adapter = inject(example.model, methods, str(name))
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
@@ -142,6 +155,7 @@ def test_each_row_is_as_with_its_adapter_alone(path: Path, kind: str, build: Bui
     torch.testing.assert_close(gradients(adapters), wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize(
     "name", ["gpt2_classifier", "bart", "swin", "resnet", "cnn", "mlp", "tagger"]
 )
@@ -157,9 +171,264 @@ def test_other_models(name: str, method: Method, build: Build) -> None:
         adapters = filled(example, "ab", method)
     except TargetError as error:
         pytest.skip(str(error))
-    expected, wanted = one_by_one(example, ROWS), alone(example, ROWS, adapters)
+    example.model.train()
+    wanted = alone(example, ROWS, adapters)
+    example.model.eval()  # the statistics of norms have been learnt on the way
+    expected = one_by_one(example, ROWS)
     with mixed(example.model, ROWS):
         found = example.logits()
+        example.model.train()
         weighted(example.output()).backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients(adapters), wanted, rtol=1e-3, atol=1e-5)
+
+
+def trained_alone(name: str, build: Build, rows: Rows, adapter: str) -> dict[str, Tensor]:
+    """Return an adapter's state after some steps on its rows, with no other beside it."""
+    example = build(name)
+    own = filled(example, "abcd"[: "abcd".index(adapter) + 1], LoRA(r=2))[-1]
+    widened(example, len(rows))
+    mine = torch.tensor([i for i, n in enumerate(rows) if n == adapter])
+    example.inputs = {n: x[mine] if torch.is_tensor(x) else x for n, x in example.inputs.items()}
+    switch(example.model, adapter)
+    example.model.train()
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        weighted(example.output()).backward()
+        optimizer.step()
+    return {n: t.clone() for n, t in own.state_dict().items()}
+
+
+def test_adapters_trained_side_by_side_are_as_trained_alone(build: Build) -> None:
+    example, rows = build("bert"), ["a", "c", None, "d", "b", "a", "d", "c"]
+    adapters = filled(example, "abcd", LoRA(r=2))
+    widened(example, len(rows))
+    base = {k: t.clone() for k, t in example.model.state_dict().items() if "classifier" not in k}
+    trained = [p for a in adapters for p in a.parameters()]
+    assert len({id(p) for p in trained}) == len(trained)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    example.model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with mixed(example.model, rows):
+            weighted(example.output()).backward()
+        optimizer.step()
+    for adapter in adapters:
+        expected = trained_alone("bert", build, rows, adapter.name)
+        torch.testing.assert_close(adapter.state_dict(), expected, rtol=1e-4, atol=1e-5)
+    for key, tensor in base.items():
+        if "lightning_peft" not in key:
+            assert torch.equal(example.model.state_dict()[key], tensor), key
+
+
+def test_who_has_no_row_stays_bitwise_as_it_was(build: Build) -> None:
+    example = build("bert")
+    adapters = filled(example, "abc", LoRA(r=2))
+    widened(example, 4)
+    others = {n: t.clone() for a in (adapters[0], adapters[2]) for n, t in a.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for a in adapters for p in a.parameters()], lr=1e-2)
+    before = adapters[1].state_dict()["classifier.weight"].clone()
+    with mixed(example.model, ["b", None, "b", None]):
+        weighted(example.output()).backward()
+    optimizer.step()
+    now = {n: t for a in (adapters[0], adapters[2]) for n, t in a.state_dict().items()}
+    assert all(torch.equal(now[n], t) for n, t in others.items())
+    assert not torch.equal(adapters[1].state_dict()["classifier.weight"], before)
+
+
+def test_leaves_the_model_as_it_was(build: Build) -> None:
+    example = build("bert")
+    filled(example, "ab", [LoRA(r=2), PromptTuning(tokens=3)])
+    widened(example, 4)
+    with mixed(example.model, ["a", "b", None, "a"]):
+        pass
+    before = structure(example.model)
+    state = {k: t.clone() for k, t in example.model.state_dict().items()}
+    tuned = example.logits()
+    with pytest.raises(AdapterError, match="gets 4 rows"), mixed(example.model, ["a", "b", None]):
+        example.logits()
+    assert structure(example.model) == before
+    assert list(example.model.state_dict()) == list(state)
+    assert all(torch.equal(t, state[k]) for k, t in example.model.state_dict().items())
+    assert torch.equal(example.logits(), tuned)
+
+
+def test_contexts_lie_in_one_another(build: Build) -> None:
+    example, outer, inner = build("bert"), ("a", None, "b"), ("b", "a", "a")
+    filled(example, "ab", [LoRA(r=2), BitFit()])
+    expected = one_by_one(example, outer), one_by_one(example, inner)
+    with mixed(example.model, outer):
+        with mixed(example.model, inner):
+            torch.testing.assert_close(example.logits(), expected[1])
+        torch.testing.assert_close(example.logits(), expected[0])
+        with mixed(example.model, ["a"]):
+            found = example.logits()
+    switch(example.model, "a")
+    torch.testing.assert_close(found, example.logits())
+
+
+def test_a_row_with_several_adapters(build: Build) -> None:
+    example = build("llama")
+    filled(example, "ab", [LoRA(r=2), PrefixTuning(tokens=3)])
+    switch(example.model, ("a", "b"))
+    expected = example.logits()
+    switch(example.model, "a")
+    with mixed(example.model, [("a", "b"), "a", ("a", "b")]):
+        found = example.logits()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
+    torch.testing.assert_close(found[1], example.logits()[1])
+
+
+def test_what_is_refused(build: Build) -> None:
+    example = build("bert")
+    one, _ = filled(example, ["first", "second"], LoRA(r=2))
+    with (
+        pytest.raises(AdapterError, match="Did you mean `second`"),
+        mixed(example.model, ["secnd"]),
+    ):
+        pass
+    with pytest.raises(AdapterError, match="carries no adapter `x`"), mixed(example.model, ["x"]):
+        pass
+    with pytest.raises(AdapterError, match="is empty"), mixed(example.model, []):
+        pass
+    clash = mixed(example.model, [("first", "second"), None, None])
+    with pytest.raises(AdapterError, match="trained in place"), clash:
+        pass
+    few = mixed(example.model, ["first", "second"])
+    with pytest.raises(AdapterError, match=r"gets 3 rows, but there are 2 names"), few:
+        example.logits()
+    switch(example.model, "first")
+    off = mixed(example.model, ["first", None, None])
+    with one.disabled(), pytest.raises(AdapterError, match=r"`disabled\(\)`"), off:
+        pass
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(r=4), PrefixTuning(tokens=3), PromptTuning(tokens=3), [BottleneckAdapter(size=4), IA3()]],
+    ids=["lora", "prefix", "prompt", "several"],
+)
+def test_generates_what_each_would(name: str, beams: int, method: Any, build: Build) -> None:
+    example, rows = build(name), ["a", "b", "a"]
+    adapters = filled(example, "ab", method)
+    with torch.no_grad():
+        for p in (p for a in adapters for p in a.parameters()):
+            p.mul_(15)
+    ids, mask = (example.inputs[key].flip(1) for key in ("input_ids", "attention_mask"))
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    assert not torch.allclose(*one_by_one(example, ["a", "b"]), atol=1e-3)
+    expected = {}
+    for one in "ab":
+        switch(example.model, one)
+        expected[one] = example.model.generate(ids, attention_mask=mask, **settings)
+    with mixed(example.model, rows):
+        found = example.model.generate(ids, attention_mask=mask, **settings)
+    for i, one in enumerate(rows):
+        assert torch.equal(found[i], expected[one][i])
+
+
+def test_samples(build: Build) -> None:
+    example = build("llama")
+    filled(example, "ab", LoRA(r=4))
+    ids = example.inputs["input_ids"]
+    with mixed(example.model, ["a", None, "b"]):
+        found = example.model.generate(
+            ids, max_new_tokens=4, min_new_tokens=4, do_sample=True, num_return_sequences=2
+        )
+    assert found.shape == (6, ids.shape[1] + 4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_gives_states_of_several_lengths(name: str, build: Build) -> None:
+    example, rows = build(name), ["a", None, "b"]
+    filled(example, "a", PromptTuning(tokens=3, layout="peft"))
+    filled(example, "b", PromptTuning(tokens=5))
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    settings |= {k: example.inputs[k] for k in ("input_ids", "attention_mask")}
+    expected = []
+    for i, one in enumerate(rows):
+        switch(example.model, one or ())
+        expected.append(example.model.generate(**settings)[i])
+    with mixed(example.model, rows):
+        assert torch.equal(example.model.generate(**settings), torch.stack(expected))
+
+
+def test_ragged_prompts_need_a_pass_each_and_no_cache(build: Build) -> None:
+    example, rows = build("llama"), ["a", None, "b"]
+    filled(example, "a", PromptTuning(tokens=3))
+    filled(example, "b", PromptTuning(tokens=5))
+    expected = one_by_one(example, rows)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    settings |= {k: example.inputs[k] for k in ("input_ids", "attention_mask")}
+    with mixed(example.model, rows):
+        torch.testing.assert_close(example.logits(), expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(AdapterError, match="use_cache=False"):
+            example.model.generate(**settings)
+        found = example.model.generate(**settings, use_cache=False)
+    for i, one in enumerate(rows):
+        switch(example.model, one or ())
+        assert torch.equal(found[i], example.model.generate(**settings)[i])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit"])
+def test_layers_that_recompute(name: str, build: Build) -> None:
+    example = build(name)
+    widened(example, len(ROWS))
+    adapters = filled(example, "ab", [LoRA(r=2), PrefixTuning(tokens=3), BottleneckAdapter(size=4)])
+    example.model.train()
+    with mixed(example.model, ROWS):
+        weighted(example.output()).backward()
+        plain = gradients(adapters)
+        example.model.zero_grad()
+        example.model.activation_checkpointing_enable()
+        weighted(example.output()).backward()
+    torch.testing.assert_close(gradients(adapters), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast(build: Build) -> None:
+    example = build("bert")
+    widened(example, len(ROWS))
+    adapters = filled(example, "ab", [LoRA(r=2), PrefixTuning(tokens=3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = one_by_one(example, ROWS)
+        with mixed(example.model, ROWS):
+            found = example.logits()
+            weighted(example.output()).backward()
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for a in adapters for p in a.parameters()
+    )
+
+
+def test_compiles_once_for_all_assignments(build: Build) -> None:
+    example = build("llama")
+    widened(example, len(ROWS))
+    filled(example, "ab", LoRA(r=2))
+    torch.compiler.reset()
+    graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(example.model, backend=count, fullgraph=True)
+    others = ["b", "a", None, "a", None, "b"]
+    for rows in (ROWS, others):
+        expected = one_by_one(example, rows)
+        with mixed(example.model, rows):
+            torch.testing.assert_close(example.logits(compiled), expected, rtol=1e-4, atol=1e-5)
+    assert graphs == 1
+
+
+def test_copies_and_pickles_afterwards(build: Build) -> None:
+    example = build("bert")
+    filled(example, "ab", LoRA(r=2))
+    with mixed(example.model, ["a", "b", None]):
+        expected = example.logits()
+    for twin in (copy.deepcopy(example.model), pickle.loads(pickle.dumps(example.model))):
+        with mixed(twin, ["a", "b", None]):
+            assert torch.equal(example.logits(twin), expected)

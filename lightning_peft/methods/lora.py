@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_peft.delta import Delta
+from lightning_peft.delta import SLOT, Delta
 from lightning_peft.deltas.hosts import check_patterns, deltas_for, find_hosts, first_match
 from lightning_peft.deltas.low_rank import LowRank, Product, Site, check_rank
 from lightning_peft.errors import ConfigError
@@ -76,7 +76,8 @@ class LoRA(Method):
 
     def _biases(self, model: nn.Module) -> list[str]:
         roots = tuple(self._hosts(model))
-        biases = [n for n, _ in model.named_parameters() if n.endswith("bias")]
+        named = [n for n, _ in model.named_parameters() if SLOT not in n.split(".")]
+        biases = [n for n in named if n.endswith("bias")]
         return [n for n in biases if self.bias == "all" or n.rpartition(".")[0] in roots]
 
     def _hosts(self, model: nn.Module) -> dict[str, nn.Module]:

@@ -87,23 +87,31 @@ class Plan:
             )
         return length
 
-    def taken(self, value: Any, part: "Plan", length: int, name: str = "") -> Any:
+    def taken(self, value: Any, part: "Plan", length: int) -> Any:
         """Return the rows of a part in a value, or in alike collections of values.
 
         Args:
-            value: tensors without rows, and what is no tensor, stay as they are.
+            value: tensors without rows, and what is no tensor, stay as they are; what is the same
+                stays the same.
             part: one of the `parts`.
             length: how many rows there are.
-            name: the argument's name.
         """
-        if isinstance(value, Tensor):
-            rows = _has_rows(value, length, name) and length > 1
-            return self._rows(value, part) if rows else value
-        if isinstance(value, dict):
-            return _alike(value, {k: self.taken(v, part, length, k) for k, v in value.items()})
-        if isinstance(value, tuple | list):
-            return _alike(value, [self.taken(v, part, length, name) for v in value])
-        return value
+        seen: dict[int, Tensor] = {}
+
+        def take(value: Any, name: str = "") -> Any:
+            if isinstance(value, Tensor):
+                if length == 1 or not _has_rows(value, length, name):
+                    return value
+                if id(value) not in seen:
+                    seen[id(value)] = self._rows(value, part)
+                return seen[id(value)]
+            if isinstance(value, dict):
+                return _alike(value, {key: take(v, key) for key, v in value.items()})
+            if isinstance(value, tuple | list):
+                return _alike(value, [take(v, name) for v in value])
+            return value
+
+        return take(value)
 
     def joined(self, parts: "Sequence[Plan]", values: Sequence[Any], fill: bool = False) -> Any:
         """Return the values of all parts as one, with the rows in their order.

@@ -275,8 +275,10 @@ def head(model: nn.Module) -> list[Named]:
 
 def head_parameters(model: nn.Module) -> list[str]:
     """Return the names of the head's parameters, and of what a loader says it found fresh."""
-    names = {id(p): name for name, p in model.named_parameters()}  # a tied one has its first name
-    own = [names[id(p)] for _, module in head(model) for p in module.parameters()]
+    own_parameters = [(n, p) for n, p in model.named_parameters() if f".{SLOT}." not in f".{n}"]
+    names = {id(p): name for name, p in own_parameters}  # a tied one has its first name
+    inside = [p for _, module in head(model) for p in module.parameters()]
+    own = [names[id(p)] for p in inside if id(p) in names]
     return [*getattr(model, "fresh_parameters", ()), *own]
 
 

@@ -72,8 +72,8 @@ def _repeating(times: int) -> Any:
 
 def _noting(name: str, shapes: Shapes) -> Any:
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if (x := first_tensor((args, kwargs))) is not None:
-            shapes[name] = x.shape
+        x = first_tensor((args, kwargs))
+        shapes[name] = torch.Size() if x is None else x.shape
 
     return note
 
@@ -86,8 +86,8 @@ def _has_rows_first(once: torch.Size, twice: torch.Size) -> bool:
 
 def _routed(once: Shapes, first: set[str]) -> set[str]:
     """Return the modules that get single tokens, and not those of all rows end to end."""
-    whole = {math.prod(s[1:-1]) for n, s in once.items() if n in first and s[0] == 1}
-    whole |= {math.prod(s[2:]) for n, s in once.items() if n in first and s[0] == 1}
+    rows = [shape for name, shape in once.items() if name in first and shape[0] == 1]
+    whole = {math.prod(tokens) for s in rows for tokens in (s[1:-1], s[2:])}
     flat = {name for name in first if len(once[name]) == 2 and once[name][0] != 1}
     chosen = {name for name in flat if ".experts." in f".{name}."}
     return chosen | {name for name in flat if once[name][0] not in whole}
