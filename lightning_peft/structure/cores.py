@@ -95,7 +95,11 @@ def room_of(core: Candidate, tokens: int) -> int | None:
     Raises:
         TargetError: `tokens` alone take all of them.
     """
-    return _room(core, _table(core), tokens)
+    try:
+        table = _table(core)
+    except TargetError:  # it has several, one a codebook
+        return None
+    return _room(core, table, tokens)
 
 
 def is_causal(core: Candidate) -> bool:

@@ -73,6 +73,8 @@ def task_of(model: Any) -> str:
 
     classes = {cls.__name__ for cls in type(model).__mro__}
     for task, name in _TASKS.items():
+        if task == "SEQ_2_SEQ_LM" and not _is_encoder_decoder(model):
+            continue  # some that put sounds or images before a text are in its list too
         if classes & _known(getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES")):
             return task
     if classes & _known(modeling_auto.MODEL_MAPPING_NAMES):
@@ -223,6 +225,10 @@ def _difference(own: Tensor, other: Tensor) -> float:
 def _known(names: Mapping[str, Any]) -> set[str]:
     several = [name if isinstance(name, (tuple, list)) else (name,) for name in names.values()]
     return {name for group in several for name in group}
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
 
 
 def _is_seq2seq(model: Any) -> bool:
