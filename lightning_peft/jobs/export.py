@@ -25,7 +25,7 @@ class Export(Job):
     """Write a run's adapter, or one of `job.adapter`, in a format of another library."""
 
     format: str = "peft"
-    """What to write: peft's folder, or `merged` for a plain model, as `job=merge` does."""
+    """peft; adapterhub, for bottleneck adapters; or merged: a plain model, as by `job=merge`."""
 
     adapter: str | None = None
     """Folder of an adapter to export; None takes the run's checkpoint."""

@@ -78,7 +78,7 @@ def test_mistakes_are_one_sentence(run: Run) -> None:
     for arguments, message in (
         ((), "`run` must be the folder"),
         (("job.adapter=nowhere",), "must be the folder of an adapter"),
-        (("job.format=pef",), "`job.format` must be one of peft"),
+        (("job.format=pef",), "`job.format` must be one of adapterhub, peft"),
         (("job.format=merged", "job.part=lora"), "`job.part` must be null"),
     ):
         done = run("job=export", *arguments)

@@ -100,6 +100,7 @@ def spell(adapter: Adapter, part: str | None = None, check: bool = True) -> Spel
     modules = in_place.saved_modules(adapter.model, trained, covered, one.deltas)
     saved = in_place.patterns_of(adapter.model, modules, one.deltas)
     entries = _with_modules(one, entries, modules, spelling.base)
+    _refuse_left_out(one, entries)
     config = _common(adapter.model, spelling, modules) | own
     if not spelling.saves_modules and config["task_type"] in ("TOKEN_CLS", "QUESTION_ANS"):
         config["task_type"] = None  # peft would look for what such a configuration lacks
@@ -243,6 +244,14 @@ def _refuse_passed_over(part: Part) -> None:
             f"`{inside[0]}` lies in a `nn.TransformerEncoderLayer`, which in eval mode reads "
             "weights past peft's layers, so the change would be lost there."
         )
+
+
+def _refuse_left_out(part: Part, entries: Sequence[Entry]) -> None:
+    """Refuse to leave out what training has changed beside what is trained (running statistics)."""
+    owners = {name.rpartition(".")[0] for name in _in_place(part)}
+    changed = {n for n in part.adapter.tensors() if n.rpartition(".")[0] in owners}
+    if left := sorted(changed - {entry.ours for entry in entries}):
+        raise Inexpressible(f"peft does not keep `{left[0]}` of what is trained so.")
 
 
 def _shared_modules(model: nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.deltas.hosts import Parts
-from lightning_peft.deltas.low_rank import Product, Site
+from lightning_peft.deltas.low_rank import Product, Site, check_rank
 from lightning_peft.deltas.sites import Table
 from lightning_peft.errors import AdapterError
 from lightning_peft.files.peft import names
@@ -212,7 +212,9 @@ def pattern_settings(
     Raises:
         CheckpointError: parameters of one host are changed with different strengths.
     """
-    given = {name: settings.any_of(name, dict) or {} for name in ("rank_pattern", "alpha_pattern")}
+    given = {name: _numbers(settings, name) for name in ("rank_pattern", "alpha_pattern")}
+    for rank in (r, *given["rank_pattern"].values()):
+        check_rank(rank)
     ranks, alphas = {}, {}
     for host, seen in hosts.items():
         by_name = {
@@ -228,6 +230,13 @@ def pattern_settings(
                 "alpha_pattern", f"must give the parameters of `{host}` one strength"
             )
     return {"rank_pattern": _as_ours(ranks, r), "alpha_pattern": _as_ours(alphas, alpha)}
+
+
+def _numbers(settings: Settings, name: str) -> dict[str, Any]:
+    found = settings.any_of(name, dict) or {}
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in found.values()):
+        raise settings.refusal(name, "must give numbers by pattern")
+    return found
 
 
 def _as_ours(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def test_what_peft_cannot_hold_is_refused_and_kept_by_ours(
 
 def test_an_unknown_format_and_an_unknown_part_are_named(build: Build, tmp_path: Path) -> None:
     adapter = inject(example("bert", build).model, LoRA())
-    with pytest.raises(ConfigError, match=r"`format` must be one of peft.*'pef'.*Did you mean"):
+    with pytest.raises(ConfigError, match=r"`format` must be one of .*peft.*'pef'.*Did you mean"):
         adapter.export(tmp_path, "pef")
     with pytest.raises(AdapterError, match=r"`part` must name one of lora, but is 'ia3'"):
         adapter.export(tmp_path, part="ia3")

@@ -177,6 +177,8 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "fewer-layers": ({"layers_to_transform": [0]}, "is unexpected"),
     "another-rank": ({"r": 4}, "must have shape"),
     "a-rank-pattern": ({"rank_pattern": {"query": 5}}, "must have shape"),
+    "a-pattern-of-words": ({"rank_pattern": {"query": "x"}}, "must give numbers by pattern"),
+    "a-pattern-of-zeros": ({"rank_pattern": {"query": 0}}, "`r` must be at least 1"),
     "a-rank-that-is-none": ({"r": "2"}, "`r` in .* must be a int, but is '2'"),
     "a-rank-below-1": ({"r": 0}, "`r` must be at least 1"),
     "a-flag-for-a-rank": ({"r": True}, "`r` in"),
