@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_peft import averaging, finite, modes, random_state, steps
+from lightning_peft import averaging, finite, modes, random_state, steps, warm_start
 from lightning_peft import checkpoint as content
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import AdapterError
@@ -41,6 +41,7 @@ class PEFTHooks:
 
     _peft_fitted: Adapter | None = None  # set from the true start of a fit on, not by a tuner
     _peft_loss: Tensor | None = None
+    _peft_watch: warm_start.Watch | None = None  # in the first batch, by methods that look at it
     _peft_record: Mapping[str, Any] | None = None  # of a checkpoint that a fit resumes from
     _peft_before: Mapping[str, Tensor] = types.MappingProxyType({})  # what it overwrote
 
@@ -75,7 +76,7 @@ class PEFTHooks:
     def setup(self, stage: str) -> None:
         """Have checkpoints written atomically and read without unsafe pickles."""
         super().setup(stage=stage)  # type: ignore[misc]
-        self._peft_fitted = self._peft_loss = self._peft_record = None
+        self._peft_fitted = self._peft_loss = self._peft_record = self._peft_watch = None
         self._peft_before = {}
         content.use_safe_io(cast(Any, self).trainer.strategy)
 
@@ -103,9 +104,20 @@ class PEFTHooks:
         steps.require_automatic(self.peft_adapter, cast(Any, self).automatic_optimization)
         averaging.check(cast(Any, self))
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Let methods that start from data see the first batch, unless the run is resumed."""
+        skip = super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+        first = self._peft_record is None and cast(Any, self).trainer.global_step == batch_idx == 0
+        if first and warm_start.starts_from_data(self.peft_adapter):
+            self._peft_watch = warm_start.Watch(self.peft_adapter, warm_start.mask_in(batch))
+        return skip
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember the loss, to be looked at once a step."""
         super().on_before_backward(loss)  # type: ignore[misc]
+        if self._peft_watch is not None:
+            self._peft_watch.close()
+            self._peft_watch.require_seen()
         self._peft_record = None
         if finite.is_watched(loss, cast(Any, self).trainer):
             lost = self._peft_loss
@@ -117,6 +129,9 @@ class PEFTHooks:
             self._peft_fitted.hold_back(cast(Any, self).current_epoch)
             if steps.steers(self._peft_fitted):
                 steps.before_step(self._peft_fitted, *self._peft_progress())
+        if self._peft_watch is not None:
+            warm_start.share(self._peft_watch)
+            self._peft_watch = None
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         loss, self._peft_loss = self._peft_loss, None
         if self._peft_fitted is not None:  # a learning-rate finder diverges on purpose

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.adapter import Adapter
@@ -33,6 +33,9 @@ class Method(ABC):
     builds_on_adapters: ClassVar[bool] = False
     """Whether the method needs adapters that the model carries already."""
 
+    starts_from_data: ClassVar[bool] = False
+    """Whether the method looks at the inputs of its hosts in the first forward pass of training."""
+
     steers: ClassVar[bool] = False
     """Whether the method acts before or after optimizer steps."""
 
@@ -51,6 +54,16 @@ class Method(ABC):
     def lr_scale(self, parameter: str) -> float:
         """Return by what factor a parameter of a delta (`lora_B`) learns faster than others."""
         return 1.0
+
+    def start_from(self, delta: Delta, x: Tensor) -> None:  # noqa: B027
+        """Initialise a fresh delta by what its host receives, if the method `starts_from_data`.
+
+        The outputs must stay what they are, since the forward pass that shows `x` goes on.
+
+        Args:
+            delta: one of the method's; where it was trained before, it must be left as it is.
+            x: the inputs of its host in the first batch, `(rows, in)`, without padding.
+        """
 
     def before_step(  # noqa: B027
         self, deltas: Mapping[str, Delta], step: int, steps: int

@@ -122,7 +122,7 @@ def test_starts_at_a_text_cut_or_repeated(minilm_dir: Path) -> None:
     assert method.start_ids[0] == method.start_ids[4]
     given = PrefixTuning(tokens=5, start_ids=method.start_ids)
     assert given.start_ids == method.start_ids
-    with pytest.raises(ConfigError, match="`tokenizer` must name .*`start_text`"):
+    with pytest.raises(ConfigError, match=r"`tokenizer` must name .*`start_text`"):
         PrefixTuning(start_text="good or bad?")
 
 
