@@ -58,6 +58,7 @@ class Scene:
         self.stand_ins: list[tuple[nn.Module, str, StandIn]] = []
         self.running: list[tuple[nn.Module, list[Delta]]] = []
         self.partings: list[tuple[nn.Module, Parting]] = []
+        self.stacked: set[tuple[Key, ...]] = set()
         modules = modules_of(model)
         owners = self._owners(modules)
         with self._stood_in():
@@ -67,6 +68,8 @@ class Scene:
     def entered(self, plan: Plan) -> Iterator[None]:
         """Within this context the rows of `plan` act."""
         outer, self.batch.plan = self.batch.plan, plan
+        for keys in self.stacked:
+            plan.places(keys)  # a compiler would take for constant what it saw being made
         with ExitStack() as stack:
             stack.callback(setattr, self.batch, "plan", outer)
             stack.enter_context(self._stood_in())
@@ -101,6 +104,8 @@ class Scene:
             own = signs if place == name else None
             mixtures[name] = Mixture(name, self.batch, chains, own)
             self.running[-1][1].append(mixtures[name])
+            if (stack := mixtures[name].stack) is not None:
+                self.stacked.add(stack.keys)
             partings.setdefault(place, []).extend([signs] if signs else [])
         for name, found in partings.items():
             if found:
