@@ -430,6 +430,7 @@ def test_a_fit_ends_with_a_folder_that_gives_the_same_outputs(
     run = trainer(tmp_path, PEFT(LoRA(r=2)), keep, enable_checkpointing=True)
     run.fit(module, loader(), loader())
     assert {path.name for path in (tmp_path / wanted).iterdir()} == {
+        "adapter_config.json",
         "adapter_model.safetensors",
         "lightning_peft.json",
     }

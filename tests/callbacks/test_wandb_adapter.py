@@ -120,6 +120,7 @@ def test_a_run_is_tracked_and_keeps_its_secrets(
     assert len(metadata["fingerprint"]["sha256"]) == 64
     assert metadata["parameters"] == 82
     assert {entry.path for entry in artifact.manifest.contents} == {
+        "adapter_config.json",
         "adapter_model.safetensors",
         "lightning_peft.json",
     }

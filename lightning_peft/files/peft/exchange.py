@@ -14,7 +14,14 @@ from lightning_peft.delta import plain_name
 from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.files.peft import in_place, spellings
 from lightning_peft.files.peft.settings import Settings
-from lightning_peft.files.peft.spelling import Entry, Inexpressible, Part, Spelling, State
+from lightning_peft.files.peft.spelling import (
+    Different,
+    Entry,
+    Inexpressible,
+    Part,
+    Spelling,
+    State,
+)
 from lightning_peft.method import Method
 from lightning_peft.structure.anatomy import is_transformers, under
 
@@ -172,6 +179,20 @@ def read(described: Described, adapter: Adapter, tensors: State) -> dict[str, Te
     return spelling.derived(part) | unspell(entries, tensors, adapter.tensors())
 
 
+def require_same(described: Described, adapter: Adapter) -> None:
+    """Refuse what peft has been seen to compute otherwise than the adapter that was read.
+
+    Raises:
+        Different: it has been.
+    """
+    try:
+        described.spelling.check(Part(adapter, adapter.methods[0]))
+    except Different:
+        raise
+    except Inexpressible:  # a comparison that cannot be made refuses nothing that was read
+        return
+
+
 def unspell(entries: Sequence[Entry], tensors: State, present: State) -> dict[str, Tensor]:
     """Return our tensors from peft's, every one of which is accounted for.
 
@@ -232,7 +253,8 @@ def _chosen(adapter: Adapter, kind: str | None) -> tuple[Part, Spelling]:
 
 def _refuse_passed_over(part: Part) -> None:
     """Refuse hosts that torch's fast path reads past, so that peft's change of them is lost."""
-    layers = [n for n, m in part.model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    every = part.model.named_modules()
+    layers = [plain_name(n) for n, m in every if isinstance(m, nn.TransformerEncoderLayer)]
     inside = [host for host in part.deltas if under(host, tuple(layers))]
     changed = {*part.deltas, *(name.rpartition(".")[0] for name in part.adapter.in_place)}
     if several := sorted(changed & _shared_modules(part.model)):

@@ -48,7 +48,8 @@ def saved_modules(
     wanted, chosen = _with_ties(model, in_place), list[str]()
     needed, modules = wanted - _with_ties(model, covered), _modules(model)
     for name, module in modules.items():
-        own = {f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)}
+        every = module.named_parameters(remove_duplicate=False)
+        own = {plain_name(f"{name}.{n}") for n, _ in every if SLOT not in n.split(".")}
         whole = own & needed and own <= wanted and not isinstance(module, _CONTAINERS)
         if name and whole and not under(name, tuple(chosen)):
             chosen.append(name)
@@ -162,7 +163,7 @@ def entries_of(
 
 def _fixed(key: str, model: nn.Module, name: str) -> Entry:
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module = _modules(model)[owner]
 
     def value() -> Tensor:
         return (module._parameters | module._buffers)[leaf].detach()  # type: ignore[union-attr]
@@ -234,6 +235,6 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    module = model.get_submodule(name)
+    module = _modules(model)[name]
     tensors = module.state_dict(keep_vars=True).items()
     return {f"{name}.{n}": t for n, t in tensors if SLOT not in n.split(".")}

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_peft.delta import plain_name
 from lightning_peft.errors import CheckpointError, TargetError, near_misses
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.structure.anatomy import base_modules, is_linear
@@ -43,7 +44,7 @@ def as_targets(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
 
 def module_names(model: nn.Module) -> list[str]:
     """Return the names of the model's own modules."""
-    return [name for name, _ in base_modules(model) if name]
+    return [plain_name(name) for name, _ in base_modules(model) if name]
 
 
 def deviating(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:

@@ -1,5 +1,6 @@
 """What one file of this package says about one kind of folder: `Spelling`, `Part`, `Entry`."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from lightning_peft.delta import SLOT, Delta
 from lightning_peft.errors import AdapterError
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.method import Method
+from lightning_peft.registry import modules_of
 
 BASE = "base_model.model."
 """What peft puts before the name of a module."""
@@ -22,6 +24,10 @@ State = Mapping[str, Tensor]
 
 class Inexpressible(AdapterError):
     """peft's format cannot hold the adapter; the message is the reason, one sentence."""
+
+
+class Different(Inexpressible):
+    """peft computes something else, as running the model has shown."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,11 @@ class Part:
 
     def host(self, name: str) -> Any:
         """Return the host module of that name."""
-        return self.model.get_submodule(name)
+        return self._modules[name]
+
+    @functools.cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return modules_of(self.model)
 
 
 class Spelling(ABC):
@@ -125,7 +135,8 @@ class Spelling(ABC):
         """Refuse what peft would compute otherwise, where only running the model tells.
 
         Raises:
-            Inexpressible: peft would compute something else.
+            Different: peft would compute something else.
+            Inexpressible: the model cannot be run as peft does.
         """
 
     @abstractmethod
