@@ -156,6 +156,7 @@ def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) 
     adapter = inject(model, described.methods, name or "default", train=exactly, head=False)
     with _removed_on_error(adapter, folder, str(values.get("base_model_name_or_path") or "")):
         adapter.load_state_dict(exchange.read(described, adapter, tensors))
+        exchange.require_same(described, adapter)
     return adapter
 
 

@@ -18,7 +18,7 @@ from lightning_peft.files.peft.prompt import (
 )
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Entry, Part, Spelling, State
-from lightning_peft.files.peft.tokens import EMBEDDINGS, ROOT, deltas_of
+from lightning_peft.files.peft.tokens import EMBEDDINGS, ROOT, deltas_of, with_head
 from lightning_peft.method import Method
 from lightning_peft.methods.p_tuning import Encoded
 from lightning_peft.methods.prompt_tuning import Prompt
@@ -66,7 +66,7 @@ class PTuningSpelling(Spelling):
             with untouched(part.model):
                 return arranged(part, delta.vectors())
 
-        return [Entry(EMBEDDINGS, None, write, lambda tensor: tensor)]
+        return with_head(part, [Entry(EMBEDDINGS, None, write, lambda tensor: tensor)])
 
 
 SPELLING = PTuningSpelling()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.delta import attach, detach
 from lightning_peft.deltas.cached_keys import CachedKeys, order_of
 from lightning_peft.deltas.learned_keys import FurtherKeys, LearnedKeys
-from lightning_peft.errors import TargetError
+from lightning_peft.errors import CheckpointError, TargetError
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import (
     Entry,
@@ -28,19 +28,24 @@ from lightning_peft.files.peft.spelling import (
 from lightning_peft.files.peft.tokens import (
     EMBEDDINGS,
     ROOT,
+    SEQ2SEQ,
     acting,
     common,
     deltas_of,
+    is_encoder_decoder,
     read_tokens,
     rehearsable,
     rehearsal,
     require_equal,
     short_text,
+    task_of,
+    with_head,
 )
 from lightning_peft.method import Method
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.structure.probe import untouched
 
+_NO_CACHE = "peft has no cache for the prefix of an encoder-decoder but for the task SEQ_2_SEQ_LM."
 _REMEDY = "train `PrefixTuning(layout='peft')` for what shall go to peft."
 
 
@@ -67,7 +72,10 @@ class PrefixSpelling(Spelling):
                 f"peft has keys and values of one shape in all layers, here they are {shapes}."
             )
         ((heads, tokens, width),) = shapes
-        parts = 2 if any(d.crossing for d in deltas_of(part, CachedKeys).values()) else 1
+        crossing = any(d.crossing for d in deltas_of(part, CachedKeys).values())
+        if crossing and task_of(part.model) != SEQ2SEQ:
+            raise Inexpressible(_NO_CACHE)
+        parts = 2 if crossing else 1
         return common(part, tokens, heads * width, heads, len(_by_layer(part)), parts) | {
             "encoder_hidden_size": None,
             "prefix_projection": False,
@@ -82,6 +90,8 @@ class PrefixSpelling(Spelling):
         """Return prefix-tuning with peft's layout; of a network its last output was kept."""
         settings.ignore("encoder_hidden_size", "prefix_projection")
         tokens = read_tokens(settings, model, crossing=(2,))
+        if is_encoder_decoder(model) and settings.peek("task_type") != SEQ2SEQ:
+            raise CheckpointError(_NO_CACHE)
         return PrefixTuning(tokens=tokens, layout="peft")
 
     def entries(self, part: Part) -> list[Entry]:
@@ -94,13 +104,14 @@ class PrefixSpelling(Spelling):
             return torch.cat([flat(x) for pair in made for x in pair], 1)
 
         if not all(isinstance(pair.keys, LearnedKeys) for pair in pairs if pair):
-            return [Entry(EMBEDDINGS, None, write, lambda tensor: tensor)]
-        return [
+            return with_head(part, [Entry(EMBEDDINGS, None, write, lambda tensor: tensor)])
+        entries = [
             Entry(EMBEDDINGS, f"{pair.prefix}{name}", write, _reader(2 * layer + i, pairs, shape))
             for layer, pair in enumerate(pairs)
             if pair
             for i, name in enumerate(("key", "value"))
         ]
+        return with_head(part, entries)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_peft.files.peft.tokens import (
     short_text,
     task_of,
     text_config,
+    with_head,
 )
 from lightning_peft.method import Method
 from lightning_peft.methods.prompt_tuning import Prompt, PromptTuning
@@ -67,7 +68,8 @@ def prompt_entries(part: Part) -> list[Entry]:
     """Return the entry of vectors that are trained as they are."""
     ((host, prompt),) = deltas_of(part, Prompt).items()
     key, shape = part.key(host, "prompt"), prompt.prompt.shape
-    return [Entry(EMBEDDINGS, key, lambda state: state[key], lambda t: _first_of(t, shape))]
+    entry = Entry(EMBEDDINGS, key, lambda state: state[key], lambda t: _first_of(t, shape))
+    return with_head(part, [entry])
 
 
 def prompt_of(settings: Settings, model: nn.Module) -> PromptTuning:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lightning_peft.delta import Delta, slot_of
 from lightning_peft.errors import CheckpointError, PEFTError
+from lightning_peft.files.peft import in_place
 from lightning_peft.files.peft.settings import Settings
-from lightning_peft.files.peft.spelling import Inexpressible, Part
+from lightning_peft.files.peft.spelling import Different, Entry, Inexpressible, Part
 from lightning_peft.structure import anatomy
+from lightning_peft.structure.anatomy import base_modules, under
 from lightning_peft.structure.probe import tensors_of, untouched, words_of
 
 ROOT = "base_model."
@@ -26,11 +28,14 @@ ROOT = "base_model."
 EMBEDDINGS = "prompt_embeddings"
 """The one tensor of these files."""
 
+SEQ2SEQ = "SEQ_2_SEQ_LM"
+"""peft's name of the task of an encoder-decoder that writes."""
+
 _TASKS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
     "TOKEN_CLS": "TOKEN_CLASSIFICATION",
     "QUESTION_ANS": "QUESTION_ANSWERING",
-    "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
+    SEQ2SEQ: "SEQ_TO_SEQ_CAUSAL_LM",
     "CAUSAL_LM": "CAUSAL_LM",
 }
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -73,7 +78,7 @@ def task_of(model: Any) -> str:
 
     classes = {cls.__name__ for cls in type(model).__mro__}
     for task, name in _TASKS.items():
-        if task == "SEQ_2_SEQ_LM" and not _is_encoder_decoder(model):
+        if task == SEQ2SEQ and not is_encoder_decoder(model):
             continue  # some that put sounds or images before a text are in its list too
         if classes & _known(getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES")):
             return task
@@ -82,6 +87,21 @@ def task_of(model: Any) -> str:
     raise Inexpressible(
         f"peft puts nothing before the text of a {type(model).__name__}: it has no task for it."
     )
+
+
+def with_head(part: Part, entries: list[Entry]) -> list[Entry]:
+    """Return the entries, and those of a head that is not trained: peft will not load without."""
+    ends = in_place.HEADS.get(task_of(part.model), ())
+    modules = [
+        name for name, _ in base_modules(part.model) if name and ends and name.endswith(ends)
+    ]
+    frozen = [m for m in modules if not any(under(n, (m,)) for n in part.adapter.in_place)]
+    return entries + in_place.entries_of(part.model, frozen, (), ROOT)
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model says that it is one."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
 
 
 def read_tokens(settings: Settings, model: Any, crossing: Sequence[int]) -> int:
@@ -100,7 +120,7 @@ def read_tokens(settings: Settings, model: Any, crossing: Sequence[int]) -> int:
             "task_type", "must name a task, without which peft leaves virtual tokens out,"
         )
     settings.ignore("num_attention_heads", "num_layers", "token_dim")
-    parts = crossing if settings.peek("task_type") == "SEQ_2_SEQ_LM" else (1,)
+    parts = crossing if settings.peek("task_type") == SEQ2SEQ else (1,)
     if settings.take("num_transformer_submodules", parts[-1]) not in parts:
         raise settings.refusal(
             "num_transformer_submodules", f"must be {' or '.join(map(str, parts))} for its task"
@@ -187,7 +207,7 @@ def require_equal(part: Part, ours: Any, theirs: Any, tokens: int, why: str) -> 
         why: the end of the refusal's sentence.
 
     Raises:
-        Inexpressible: they differ.
+        Different: they do.
     """
     pairs = zip(tensors_of(ours), tensors_of(theirs), strict=False)
     for number, (own, other) in enumerate(pairs):
@@ -196,7 +216,7 @@ def require_equal(part: Part, ours: Any, theirs: Any, tokens: int, why: str) -> 
             continue  # states of another part, which the tokens stay in
         difference = _difference(own, cut)
         if difference > _TOLERANCE.get(own.dtype, 1e-4):
-            raise Inexpressible(
+            raise Different(
                 f"In peft {type(part.model).__name__} would give something else, {difference:.1%} "
                 f"away on a short text: {why}"
             )
@@ -204,7 +224,7 @@ def require_equal(part: Part, ours: Any, theirs: Any, tokens: int, why: str) -> 
 
 def _check_task(settings: Settings, model: Any) -> None:
     task = settings.peek("task_type")
-    if (task == "SEQ_2_SEQ_LM") != _is_seq2seq(model):
+    if (task == SEQ2SEQ) != _is_seq2seq(model):
         raise CheckpointError(
             f"`{settings.where}` is for the task {task}, for which {type(model).__name__} is not: "
             "load the class of model that it was trained in."
@@ -227,12 +247,8 @@ def _known(names: Mapping[str, Any]) -> set[str]:
     return {name for group in several for name in group}
 
 
-def _is_encoder_decoder(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
-
-
 def _is_seq2seq(model: Any) -> bool:
     try:
-        return task_of(model) == "SEQ_2_SEQ_LM"
+        return task_of(model) == SEQ2SEQ
     except Inexpressible:
         return False

@@ -1,5 +1,6 @@
 """Virtual tokens and prefixes in peft's format: the same outputs there and here, both ways."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,36 @@ def test_where_peft_would_compute_something_else_it_gets_nothing(
     adapter.save(tmp_path)
     assert not (tmp_path / THEIR_CONFIG).exists()
     load_adapter(base(name, build), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_classifier", "roberta_tokens", "bert_answers"])
+def test_a_head_that_is_not_trained_is_there_for_peft(
+    name: str, build: Build, tmp_path: Path
+) -> None:
+    own = base(name, build)
+    adapter = inject(own, PromptTuning(tokens=N, layout="peft"), head=False)
+    perturb(adapter.parameters())
+    adapter.save(tmp_path)
+    assert_same(own, peft.PeftModel.from_pretrained(base(name, build), tmp_path).eval(), name)
+    again = base(name, build)
+    assert load_adapter(again, tmp_path).in_place == []
+    (tmp_path / CONFIG).unlink()
+    load_adapter(base(name, build), tmp_path)
+
+
+def test_what_reads_all_tokens_cannot_be_as_in_peft(build: Build, tmp_path: Path) -> None:
+    import transformers
+
+    settings = TINY | {"cls_token_id": 1, "sep_token_id": 2, "classifier_pooling": "mean"}
+    config = transformers.ModernBertConfig(**settings, num_labels=3)
+    model = transformers.ModernBertForSequenceClassification(config).eval()
+    wanted = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=N)
+    theirs = peft.get_peft_model(copy.deepcopy(model), wanted)
+    perturb([p for p in theirs.parameters() if p.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(PEFTError, match="would give something else"):
+        load_adapter(model, tmp_path)
+    assert adapters_of(model) == {}
 
 
 def test_one_part_of_a_combination(build: Build, tmp_path: Path) -> None:
