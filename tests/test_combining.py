@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -18,8 +19,9 @@ from lightning_peft import (
     load_adapter,
 )
 from lightning_peft.combining import How, combine
+from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT
-from lightning_peft.errors import AdapterError
+from lightning_peft.errors import AdapterError, PEFTError
 from lightning_peft.methods import (
     IA3,
     OFT,
@@ -34,6 +36,7 @@ from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 
+METHODS = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 AS_IN_PEFT = [how for how in get_args(How) if how != "sum"]
 
 
@@ -274,3 +277,32 @@ def test_refusals_change_nothing(build: Build) -> None:
             combine(model, weights, how, **settings)
     assert set(adapters_of(model)) == before
     assert torch.equal(example.logits(), tuned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5", "vit"])
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_every_method_is_combined_or_refused(path: Path, kind: str, build: Build) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))["method"]
+    methods = [instantiate(spec) for spec in config.values()]
+    example = build(kind)
+    try:
+        for i, name in enumerate("ab"):
+            adapted(example.model, name, methods, i)
+    except PEFTError as error:
+        pytest.skip(str(error))
+    tuned = example.logits()
+    for how in get_args(How):
+        needs = {"density": 0.5} if how.startswith(("ties", "dare", "magnitude")) else {}
+        needs |= {"rank": 3} if how.endswith("svd") else {}
+        try:
+            mix = combine(example.model, {"a": 0.5, "b": 0.5}, how, **needs)
+        except AdapterError:
+            # Of factors that start at random only the product has a meaning, and `svd` takes it.
+            assert how != "sum" or path.stem in ("dora", "hira", "loha", "lokr")
+            assert how != "svd" or path.stem not in ("lora", "dora", "hira", "loha", "lokr", "oft")
+        else:
+            assert example.logits().isfinite().all()
+            mix.remove()
+        assert set(adapters_of(example.model)) == {"a", "b"}
+        assert torch.equal(example.logits(), tuned)

@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 
-from lightning_peft import LoRA, PromptTuning, inject
+from lightning_peft import LoRA, PrefixTuning, PromptTuning, inject
 from lightning_peft.config import instantiate
 from lightning_peft.delta import NotMergeable
 from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method
-from lightning_peft.methods import BOFT, BitFit, TrainableTokens
+from lightning_peft.methods import BOFT, IA3, BitFit, DoRA, TrainableTokens
+from lightning_peft.switching import mixed, switch
 from tests.catalogue import METHODS
 
 Build = Callable[[str], Any]
@@ -113,6 +114,21 @@ def test_a_tied_head_keeps_its_logits(build: Build) -> None:
     assert not torch.equal(half, base)
     assert not torch.equal(half, tuned)
     assert torch.equal(example.logits(), half)
+
+
+@pytest.mark.parametrize("method", [LoRA(), DoRA(), IA3(), PrefixTuning(tokens=2)])
+def test_each_row_of_a_mixed_batch_has_its_scale(method: Method, build: Build) -> None:
+    example = build("bert")
+    for scale, name in ((0.5, "a"), (1.0, "b"), (0.0, "c")):
+        trained(example, method, name).scale = scale
+    alone = []
+    for name in "abc":
+        switch(example.model, name)
+        alone.append(example.logits())
+    with mixed(example.model, ["a", "b", "c"]):
+        together = example.logits()
+    for row, expected in enumerate(alone):
+        torch.testing.assert_close(together[row], expected[row], rtol=1e-5, atol=1e-5)
 
 
 def test_refusals(build: Build) -> None:
