@@ -148,7 +148,7 @@ class PEFTModule(pl.LightningModule):
 
     def forward(self, batch: Any) -> Any:
         """Return what the model computes for a batch of the task."""
-        return self.model(**batch)
+        return self.model(**{k: v for k, v in batch.items() if not k.startswith("row_")})
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task's loss, a scalar."""

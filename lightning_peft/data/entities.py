@@ -167,7 +167,8 @@ class EntityData(RowData):
     def items(self, split: str, rows: "Dataset") -> "Dataset":
         label = None if split == "predict" else self.label
         numbers = {} if split == "predict" else {tag: i for i, tag in enumerate(self.labels)}
-        words = TokeniseWords(self._tool(), self.tokens, label, numbers, self.max_length)
+        spaced = _keeps_spaces(self._tool())
+        words = TokeniseWords(self._tool(), self.tokens, label, numbers, self.max_length, spaced)
         return tokenised(rows, words)
 
     def collator(self) -> "WordCollator":
@@ -217,6 +218,13 @@ class EntityData(RowData):
         return f"the tag of word {i + 1} ({words[i]!r}) {wrong}{remedy}"
 
 
+def _keeps_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether words alone become other tokens than in a text, as with byte-level tokenizers."""
+    settings: dict[str, Any] = {"add_special_tokens": False}
+    alone = tokenizer(["x", "x"], is_split_into_words=True, **settings)["input_ids"]
+    return bool(alone != tokenizer("x x", **settings)["input_ids"])
+
+
 def _are_texts(values: Any) -> bool:
     filled = isinstance(values, list) and len(values) > 0
     return filled and all(isinstance(value, str) and value.strip() for value in values)
@@ -231,10 +239,14 @@ class TokeniseWords:
     label: str | None
     numbers: Mapping[str, int]  # of the tags
     max_length: int
+    spaced: bool  # whether a word comes with the space before it
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        sentences = rows[self.tokens]
+        if self.spaced:
+            sentences = [[*words[:1], *(f" {word}" for word in words[1:])] for words in sentences]
         encoded = self.tokenizer(
-            rows[self.tokens],
+            sentences,
             is_split_into_words=True,
             truncation=True,
             max_length=self.max_length,

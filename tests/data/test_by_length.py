@@ -2,6 +2,8 @@ from collections import Counter
 from itertools import pairwise
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from lightning_peft.data.by_length import ByLength, lengths_of
 
@@ -44,3 +46,44 @@ def test_neighbouring_batches_are_not_of_like_lengths():
 def test_a_row_of_several_pieces_is_as_long_as_its_longest():
     assert lengths_of([[1, 2, 3], [4]]) == [3, 1]
     assert lengths_of([[[1, 2], [3]], [[4]]]) == [2, 1]
+
+
+class Seen(LightningModule):
+    """Notes the rows of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.rows = {}
+
+    def training_step(self, batch, batch_idx):
+        self.rows.setdefault(self.current_epoch, []).extend(batch.tolist())
+        return self.layer(batch[:, None].float()).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit(folder, epochs, checkpoint=None):
+    module = Seen()
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    rows = torch.arange(100)
+    loader = DataLoader(rows, 10, sampler=ByLength(LENGTHS[:100], 10, seed=0))
+    trainer.fit(module, loader, ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module.rows
+
+
+def test_a_resumed_run_sees_the_rows_of_an_uninterrupted_one(tmp_path):
+    whole = fit(tmp_path, 3)
+    assert whole[0] != whole[1] != whole[2]
+    fit(tmp_path, 1)
+    assert fit(tmp_path, 3, tmp_path / "last.ckpt") == {1: whole[1], 2: whole[2]}

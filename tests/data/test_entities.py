@@ -177,3 +177,27 @@ def test_it_can_be_pickled_and_loaded_by_workers(files, tokenizer):
     assert sum(len(batch["row_tags"]) for batch in data.train_dataloader()) == len(
         data.rows("train")
     )
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_words_are_read_as_in_a_text(tmp_path, prefix):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizerFast
+
+    bytes_to_words = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    text = "Ada lived in Paris x x"
+    bytes_to_words.train_from_iterator([text] * 9, vocab_size=400, special_tokens=special)
+    vocab, merges = bytes_to_words.save_model(str(tmp_path))
+    tokenizer = RobertaTokenizerFast(vocab=vocab, merges=merges, add_prefix_space=prefix)
+    path = tmp_path / "new.txt"
+    path.write_text("Ada lived in Paris\n")
+    data = EntityData(path=str(path)).connect(tokenizer, labels=("O", "B-x", "I-x"))
+    batch = next(iter(data.predict_dataloader()))
+    tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+    assert [token for token in tokens if token.startswith("Ġ") and len(token) > 1][-3:] == [
+        "Ġlived",
+        "Ġin",
+        "ĠParis",
+    ]
+    assert (batch["row_words"] >= 0).sum() == 4

@@ -1,5 +1,6 @@
 """Named entities from the command line: the recipe, small, in a process of its own."""
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_raw_texts_come_back_with_their_entities(
         assert 0 < one["score"] <= 1
     assert {one["text"] for one in first["entities"]} >= {GOOD[0]}
     assert second["tokens"] == [OTHER[0]]
+
+
+def test_a_table_of_predictions_keeps_what_the_file_says(
+    fitted: tuple[Path, Command], run: Run, tmp_path: Path
+) -> None:
+    write_conll(Path("new.conll"), 3, seed=1)
+    settings = [f"data.path={tmp_path / 'new.conll'}", "job.output=new.csv"]
+    done = run("job=predict", f"run={fitted[0]}", *settings)
+    assert done.code == 0, done.err
+    with Path("new.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["tokens", "labels", "predicted_labels", "entities"]
+    assert json.loads(rows[0]["labels"])[0] == "B-x"
+    assert len(json.loads(rows[1]["predicted_labels"])) == len(json.loads(rows[1]["tokens"]))
 
 
 @pytest.mark.parametrize(
