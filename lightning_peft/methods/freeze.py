@@ -16,6 +16,7 @@ from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.structure import anatomy
 from lightning_peft.structure.targets import Patterns, trained_in_place
+from lightning_peft.structure.tops import above_layers, running_order
 
 _USUAL = 2
 
@@ -56,7 +57,7 @@ class Freeze(Method):
         most = max([self._start(model), *self.schedule.values()])
         names = self._top(model, most)
         if most:
-            names += anatomy.above_layers(model)
+            names += above_layers(model, running_order(model))
         return names + (trained_in_place(model, self.patterns) if self.patterns else [])
 
     def start_epochs(self, model: nn.Module) -> dict[str, int]:
@@ -73,7 +74,7 @@ class Freeze(Method):
         return min(_USUAL, len(anatomy.layers(model))) or _USUAL  # which refuses a model of none
 
     def _top(self, model: nn.Module, count: int) -> list[str]:
-        stack = anatomy.layers(model)
+        stack = running_order(model)
         if count > len(stack):
             raise TargetError(
                 f"`layers` must be at most {len(stack)}, the layers that were found in "

@@ -282,22 +282,6 @@ def head_parameters(model: nn.Module) -> list[str]:
     return [*getattr(model, "fresh_parameters", ()), *own]
 
 
-def above_layers(model: nn.Module) -> list[str]:
-    """Return the parameters that come after the last layer (pooler, final norm, head).
-
-    A projection onto the vocabulary does not count.
-    """
-    last = layers(model)[-1][0] + "."
-    names = [name for name, _ in model.named_parameters() if f".{SLOT}." not in f".{name}"]
-    after = names[max(i for i, name in enumerate(names) if name.startswith(last)) + 1 :]
-    speaking = tuple(
-        f"{name}."
-        for name, module in base_modules(model)
-        if is_linear(module) and speaks(module, vocabulary(model))
-    )
-    return [name for name in after if not name.startswith(speaking)]
-
-
 def _outermost_stacks(prefix: str, module: nn.Module) -> Iterator[list[Named]]:
     for key, child in module.named_children():
         if _is_stack(child):

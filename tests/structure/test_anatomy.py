@@ -8,10 +8,15 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_peft import LoRA, inject
+from lightning_peft import Freeze, LoRA, inject
 from lightning_peft.structure import anatomy, sublayers
+from lightning_peft.structure.tops import above_layers, running_order
 
 Build = Callable[[str], Any]
+
+
+def above(model: nn.Module) -> list[str]:
+    return above_layers(model, running_order(model))
 
 
 def names(found: list[Any]) -> list[str]:
@@ -210,11 +215,11 @@ def test_a_mixture_of_experts_is_one_stack() -> None:
 
 
 def test_above_the_layers(build: Build) -> None:
-    assert anatomy.above_layers(build("llama_classifier").model) == [
+    assert above(build("llama_classifier").model) == [
         "model.norm.weight",
         "score.weight",
     ]
-    assert anatomy.above_layers(build("llama").model) == ["model.norm.weight"]
+    assert above(build("llama").model) == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), nn.Identity(), nn.ReLU()])
@@ -309,3 +314,25 @@ def test_attention_to_an_encoder_that_is_not_there_is_left_alone(build: Build) -
     beside = nn.ModuleDict({"encoder": build("bert_base").model, "decoder": alone})
     for model in (build("bart").model, build("t5").model, beside):
         assert anatomy.uncrossed(model) == ()
+
+
+class Reader(transformers.LlamaForCausalLM):
+    """A text model that registers what reads images behind its layers."""
+
+    def __init__(self, config: Any, tower: nn.Module) -> None:
+        super().__init__(config)
+        self.model.tower = tower
+
+
+def test_the_top_is_what_runs_last(build: Build) -> None:
+    text, tower = build("llama").model, build("vit").model.vit
+    reader = Reader(text.config, tower)
+    registered = names(anatomy.layers(reader))
+    assert registered[-1].startswith("model.tower")
+    assert names(running_order(reader)) == [*registered[2:], *registered[:2]]
+    assert above(reader) == ["model.norm.weight"]
+    trained = {name.partition(".norm")[0] for name in inject(reader, Freeze(layers=1)).in_place}
+    assert {".".join(name.split(".")[:3]) for name in trained} == {"model.layers.1", "model"}
+    for name in ("bart", "t5", "swin"):
+        model = build(name).model
+        assert names(running_order(model)) == names(anatomy.layers(model))
