@@ -146,8 +146,9 @@ class Slot(nn.ModuleDict):
 
     def refresh(self) -> None:
         """Take into `running` what is active, as much of it as is applied."""
-        deltas = [cast(Delta, delta) for delta in self._modules.values()]
-        self.running = [d if d.strength == 1 else _part(d) for d in deltas if d.active]
+        deltas = cast(list[Delta], self._modules.values())
+        # Not by `Module.__setattr__`, which costs more than all else in a switch of adapters.
+        self.__dict__["running"] = [d if d.strength == 1 else _part(d) for d in deltas if d.active]
 
     def beside(self, delta: Delta) -> Sequence[Delta]:
         """Return what acts on the same rows as `delta`, which is among it, in order."""
@@ -156,7 +157,7 @@ class Slot(nn.ModuleDict):
 
     def let_act(self, name: str, active: bool) -> None:
         """Let a delta act, or not."""
-        cast(Delta, self._modules[name]).active = active
+        cast(Delta, self._modules[name]).__dict__["active"] = active
         self.refresh()
 
 
