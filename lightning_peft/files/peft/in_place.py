@@ -103,7 +103,8 @@ def found_in(settings: Settings, keys: Collection[str], model: nn.Module, base: 
         if implied and name.endswith(tuple(implied))
         if any(key.startswith(f"{base}{name}.") for key in given)
     ]
-    lost = [e for e in stated if e not in ("classifier", "score") and not _any_ends(modules, e)]
+    own = {end for ends in HEADS.values() for end in ends}  # which peft adds to every model's
+    lost = [e for e in stated if e not in own and not _any_ends(modules, e)]
     if lost:
         raise CheckpointError(
             f"`modules_to_save` in `{settings.where}` names `{lost[0]}`, which the model lacks: "
