@@ -1,6 +1,6 @@
 """peft computes with a folder of ours what we compute; and the folder comes back bit by bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +124,20 @@ CASES |= {
     "tokens-of-an-encoder-decoder": ("t5", TrainableTokens(token_ids=(62, 4, 18)), {}),
 }  # fmt: skip
 
+FAST = ("bert", "llama")
+"""The models that every method is tried on; on others most of them are marked slow."""
+
 ROUNDED = ("c3a", "fourierft")
 """What peft computes in single precision whatever the model is in."""
 
 
-@pytest.mark.parametrize("case", CASES)
+def cells() -> Iterator[Any]:
+    for case, (model, method, _) in CASES.items():
+        slow = case.endswith(f"-{model}") and model not in FAST and not isinstance(method, LoRA)
+        yield pytest.param(case, marks=pytest.mark.slow) if slow else case
+
+
+@pytest.mark.parametrize("case", list(cells()))
 def test_peft_computes_what_we_saved(case: str, build: Build, tmp_path: Path) -> None:
     model, method, settings = CASES[case]
     ours = example(model, build)
