@@ -144,6 +144,7 @@ def _attended(host: Any, chain: _Chain, weighted: _Product | None, result: Tenso
         further = weighted.with_second(share.to(value.dtype), value[..., :count, :])
         return _by_tokens(own + further, weighted.order), None
 
+    base.whole = True  # type: ignore[attr-defined]  # it takes no part of the batch
     inputs = (scores.product.first, scores.product.second, weighted.second)
     output = through_deltas(base, host)(host, *inputs, None, is_causal=False)[0]
     return _as_like(output.transpose(1, 2), result).permute(_inverse(weighted.order))

@@ -21,14 +21,13 @@ from lightning_peft.delta import Delta
 from lightning_peft.deltas.stacked import Stack, stack_of
 from lightning_peft.deltas.virtual_tokens import Enter
 from lightning_peft.errors import AdapterError
-from lightning_peft.ops.rows import Key, Plan, first_tensor
+from lightning_peft.ops.rows import CACHES, Key, Plan, first_tensor
 from lightning_peft.scaling import Part
 
 _RUNNING = threading.local()
 """The part of a batch that a thread's forward pass is in."""
 
 _NORM = nn.modules.batchnorm._NormBase
-_CACHES = ("past_key_values", "cache_params", "past_key_value", "layer_past", "mems")
 
 
 APART = "_peft_apart"
@@ -289,7 +288,7 @@ class Parting:
 
     def _check(self, host: nn.Module, kwargs: dict[str, Any]) -> None:
         reason = None
-        if any(kwargs.get(name) is not None for name in _CACHES):
+        if any(kwargs.get(name) is not None for name in CACHES):
             reason = (
                 "there is a cache, which its parts would fill differently: pass use_cache=False"
             )

@@ -19,6 +19,9 @@ Key = tuple[str, ...]
 NOTES = ("_virtual_place", "_virtual_ids")
 """What calls note on their own tensors, and a slice would lose."""
 
+CACHES = ("past_key_values", "cache_params", "past_key_value", "layer_past", "mems")
+"""Arguments and outputs that hold what earlier calls left."""
+
 _KEPT = "_notes_by_key"
 _SHARED = ("attn_mask", "mask", "src_mask", "tgt_mask", "memory_mask", "cache_position")
 """Arguments of few dimensions that hold for all rows, whatever their length."""
@@ -116,7 +119,7 @@ class Plan:
     def joined(self, parts: "Sequence[Plan]", values: Sequence[Any], fill: bool = False) -> Any:
         """Return the values of all parts as one, with the rows in their order.
 
-        Objects that have no rows, caches for instance, are kept where they are the same.
+        Objects that have no rows are kept where they are the same; caches are not.
 
         Args:
             parts: some `parts` of this plan.
@@ -132,7 +135,7 @@ class Plan:
         if isinstance(first, Tensor):
             return self._joined(parts, _filled(values) if fill else values)
         if isinstance(first, dict):
-            columns = {k: [v[k] for v in values] for k in first}
+            columns = {k: [None if k in CACHES else v[k] for v in values] for k in first}
             return _alike(first, {k: self.joined(parts, v, fill) for k, v in columns.items()})
         if isinstance(first, tuple | list):
             return _alike(first, [self.joined(parts, v, fill) for v in zip(*values, strict=True)])
@@ -224,7 +227,8 @@ def _has_rows(x: Tensor, length: int, name: str) -> bool:
     if x.dim() == 0 or (name in _SHARED and x.dim() < 3):
         return False
     # A mask may have the heads of each row, one after another.
-    return x.shape[0] == length or (x.dim() == 3 and name in _SHARED and not len(x) % length)
+    by_heads = x.dim() == 3 and name in (*_SHARED, "alibi") and not len(x) % length
+    return x.shape[0] == length or by_heads
 
 
 def _filled(values: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ their own: what acts there by rows must act around it.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,28 +19,29 @@ from lightning_peft.ops.rows import first_tensor
 from lightning_peft.structure.anatomy import base_modules
 from lightning_peft.structure.probe import pretrained, run
 
-Shapes = dict[str, torch.Size]
+Shapes = dict[str, list[torch.Size]]
+"""Of the first tensor in each call of a module; empty where there is none."""
 
 
 def rowless(model: nn.Module) -> dict[str, str]:
     """Return the modules without rows first, each with the next one around it that has them.
 
-    Modules that the run does not reach, or that lie outside of pretrained models, are taken to have
-    their rows first.
+    So has what is not called, since its holder reads its weights. Parts of the model that the run
+    does not reach, or that lie outside of pretrained models, are taken to have their rows first.
     """
     found: dict[str, str] = {}
     for prefix, inner in pretrained(model):
         with contextlib.suppress(TargetError):
             once, twice = _shapes(inner, 1), _shapes(inner, 2)
-            first = {n for n in once if n in twice and _has_rows_first(once[n], twice[n])}
+            first = {n for n, calls in once.items() if _have_rows_first(calls, twice.get(n, []))}
             first -= _routed(once, first)
-            lost = [name for name in once if name not in first]
+            lost = {name for name in once if name not in first} | _read(inner, set(once))
             found |= {_join(prefix, n): _join(prefix, _around(n, first)) for n in lost}
     return found
 
 
 def _shapes(model: nn.Module, times: int) -> Shapes:
-    """Return the shape of the first tensor that each module receives."""
+    """Return the shapes of the first tensor that each module receives."""
     shapes: Shapes = {}
 
     @contextlib.contextmanager
@@ -48,7 +49,9 @@ def _shapes(model: nn.Module, times: int) -> Shapes:
         shapes.clear()
         hooks = [model.register_forward_pre_hook(_repeating(times), with_kwargs=True)]
         for name, module in base_modules(model):
-            hooks.append(module.register_forward_pre_hook(_noting(name, shapes), with_kwargs=True))
+            hooks.append(
+                module.register_forward_pre_hook(_noting(name, shapes, times), with_kwargs=True)
+            )
         try:
             yield
         finally:
@@ -70,12 +73,18 @@ def _repeating(times: int) -> Any:
     return repeat
 
 
-def _noting(name: str, shapes: Shapes) -> Any:
+def _noting(name: str, shapes: Shapes, times: int) -> Any:
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
-        shapes[name] = torch.Size() if x is None else x.shape
+        # Positions, which one row may have for all, are told from a shared state by their kind.
+        shared = x is None or (x.is_floating_point() and x.dim() > 1 and len(x) == 1 < times)
+        shapes.setdefault(name, []).append(torch.Size() if shared or x is None else x.shape)
 
     return note
+
+
+def _have_rows_first(once: Sequence[torch.Size], twice: Sequence[torch.Size]) -> bool:
+    return len(once) == len(twice) and all(map(_has_rows_first, once, twice))
 
 
 def _has_rows_first(once: torch.Size, twice: torch.Size) -> bool:
@@ -86,11 +95,23 @@ def _has_rows_first(once: torch.Size, twice: torch.Size) -> bool:
 
 def _routed(once: Shapes, first: set[str]) -> set[str]:
     """Return the modules that get single tokens, and not those of all rows end to end."""
-    rows = [shape for name, shape in once.items() if name in first and shape[0] == 1]
+    rows = [shape for name in first for shape in once[name] if shape[0] == 1]
     whole = {math.prod(tokens) for s in rows for tokens in (s[1:-1], s[2:])}
-    flat = {name for name in first if len(once[name]) == 2 and once[name][0] != 1}
-    chosen = {name for name in flat if ".experts." in f".{name}."}
-    return chosen | {name for name in flat if once[name][0] not in whole}
+    flat = {n: s[0] for n in first for s in once[n] if len(s) == 2 and s[0] != 1}
+    return {n for n, count in flat.items() if ".experts." in f".{n}." or count not in whole}
+
+
+def _read(model: nn.Module, called: set[str]) -> set[str]:
+    """Return the modules that are not called, by whose holders their weights are read instead."""
+    modules = dict(base_modules(model))
+    found = set()
+    for name in [n for n, m in modules.items() if m._parameters and n not in called]:
+        holder = name.rpartition(".")[0]
+        while holder and isinstance(modules[holder], nn.ModuleList | nn.ModuleDict):
+            holder = holder.rpartition(".")[0]
+        if holder in called or ".experts." in f".{name}.":
+            found.add(name)
+    return found
 
 
 def _around(name: str, first: set[str]) -> str:
