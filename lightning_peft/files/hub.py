@@ -42,8 +42,7 @@ def located(source: str | Path, revision: str | None = None, subfolder: str = ""
     Raises:
         CheckpointError: there is no such folder or repository, or no access to it.
     """
-    if subfolder and not re.fullmatch(rf"{_PART}(/{_PART})*", subfolder):
-        raise CheckpointError(f"`subfolder` must lie inside, but is {subfolder!r} instead.")
+    _require_inside(subfolder)
     if isinstance(source, Path) or (not source.startswith(SCHEME) and _is_local(source)):
         return _local(source, revision) / subfolder
     name = source.removeprefix(SCHEME)
@@ -85,6 +84,7 @@ def push(
     name = repository.removeprefix(SCHEME)
     if not re.fullmatch(rf"{_PART}/{_PART}", name):
         raise CheckpointError(f"`repository` must be `org/name`, but is {repository!r} instead.")
+    _require_inside(subfolder)
     api, place = HfApi(), f"{subfolder}/" if subfolder else ""
     with TemporaryDirectory() as folder, _explained(name, revision, "write to"):
         adapter.save(folder)
@@ -100,6 +100,11 @@ def push(
         text = message or f"Adapter {adapter.name}: {', '.join(m.kind for m in adapter.methods)}"
         commit = api.create_commit(name, operations, commit_message=text, revision=revision)
     return str(commit.commit_url)
+
+
+def _require_inside(subfolder: str) -> None:
+    if subfolder and not re.fullmatch(rf"{_PART}(/{_PART})*", subfolder):
+        raise CheckpointError(f"`subfolder` must lie inside, but is {subfolder!r} instead.")
 
 
 def _is_local(name: str) -> bool:

@@ -198,6 +198,8 @@ def test_pushing_without_permission_is_refused(hub: Hub, build: Build) -> None:
         adapter.push("org/new")
     with pytest.raises(CheckpointError, match="must be `org/name`"):
         adapter.push("new")
+    with pytest.raises(CheckpointError, match="must lie inside"):
+        adapter.push("org/new", subfolder="../x")
     hub.server.shutdown()
     hub.server.server_close()
     with pytest.raises(CheckpointError, match="cannot be reached") as caught:
