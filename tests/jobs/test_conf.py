@@ -19,6 +19,8 @@ FILL = {
     "hf": ["model.name=x"],
     "files": ["data.path=x.csv"],
     "hub": ["data.hub=x"],
+    "tagged": ["data.path=x.conll"],
+    "multi_label": ["data.path=x.jsonl"],
 }
 
 
