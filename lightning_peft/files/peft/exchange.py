@@ -216,11 +216,16 @@ def unspell(entries: Sequence[Entry], tensors: State, present: State) -> dict[st
     state = {}
     for entry in (e for e in entries if e.theirs in tensors):  # several may share one of theirs
         key, tensor = entry.theirs, tensors[entry.theirs]
-        if entry.ours is None:
-            entry.read(tensor)
-        else:
+        if entry.ours is not None:
             _check_values(key, tensor, present[entry.ours])
-            state[entry.ours] = entry.read(tensor).contiguous()
+        try:
+            own = entry.read(tensor)
+        except (IndexError, TypeError, RuntimeError, ValueError) as error:
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterError(f"`{key}` of shape {tuple(tensor.shape)} does not fit.") from error
+        if entry.ours is not None:
+            state[entry.ours] = own.contiguous()
     return state
 
 

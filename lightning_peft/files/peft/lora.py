@@ -35,6 +35,7 @@ from lightning_peft.files.peft.trainable_tokens import rows_of, tables
 from lightning_peft.method import Method
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.trainable_tokens import TrainableTokens
+from lightning_peft.structure.anatomy import is_transformers
 
 _Value = TypeVar("_Value")
 
@@ -163,6 +164,8 @@ def _tokens(settings: Settings, model: nn.Module) -> list[TrainableTokens]:
 
 def _word_embedding(model: nn.Module) -> str:
     """Return the name of the table that peft takes where none is named."""
+    if not is_transformers(model):
+        return "embed_tokens"
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     return next(name for name, module in model.named_modules() if module is table)
 

@@ -62,7 +62,7 @@ def deviating(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value
 
 def matching(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
     """Return the value of peft's first pattern that fits (`rank_pattern`), or the default."""
-    fits = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name))
+    fits = (v for p, v in patterns.items() if _expression(rf"(.*\.)?({p})").fullmatch(name))
     return next(fits, default)
 
 
@@ -111,9 +111,10 @@ def _within(module: str, name: str) -> bool:
 
 
 def _layer_of(name: str, within: list[str]) -> int | None:
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in within] or [r".*?\.[^.]*\.(\d+)\."]
+    index = r"\.(?P<index>\d+)\."
+    expressions = [rf"(?:^|.*?\.){p}{index}" for p in within] or [rf".*?\.[^.]*{index}"]
     hits = (_expression(e).match(name) for e in expressions)
-    return next((int(hit.group(1)) for hit in hits if hit), None)
+    return next((int(hit["index"]) for hit in hits if hit), None)
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

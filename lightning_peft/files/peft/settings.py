@@ -51,7 +51,7 @@ class Settings:
             return default
         kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise self.refusal(name, f"must be a {type(default).__name__}")
+            raise self.refusal(name, f"must be of type {type(default).__name__}")
         return cast(_Value, value)
 
     def any_of(self, name: str, *kinds: type) -> Any:
@@ -63,7 +63,8 @@ class Settings:
         self._known.add(name)
         value = self.values.get(name)
         if value is not None and not isinstance(value, kinds):
-            raise self.refusal(name, f"must be a {' or '.join(kind.__name__ for kind in kinds)}")
+            known = " or ".join(kind.__name__ for kind in kinds)
+            raise self.refusal(name, f"must be of type {known}")
         return value
 
     def ignore(self, *names: str) -> None:

@@ -65,7 +65,12 @@ def tokens(
     Raises:
         CheckpointError: they are no ids.
     """
-    if not ids or not all(type(i) is int for i in ids) or len({*ids}) < len(ids):
+    if (
+        not isinstance(ids, list)
+        or not ids
+        or not all(type(i) is int for i in ids)
+        or len({*ids}) < len(ids)
+    ):
         raise settings.refusal(name, "must list ids, each once")
     return TrainableTokens(token_ids=tuple(ids), targets=names.as_targets(model, hosts))
 

@@ -184,7 +184,7 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a-rank-pattern": ({"rank_pattern": {"query": 5}}, "must have shape"),
     "a-pattern-of-words": ({"rank_pattern": {"query": "x"}}, "must give numbers by pattern"),
     "a-pattern-of-zeros": ({"rank_pattern": {"query": 0}}, "`r` must be at least 1"),
-    "a-rank-that-is-none": ({"r": "2"}, "`r` in .* must be a int, but is '2'"),
+    "a-rank-that-is-none": ({"r": "2"}, "`r` in .* must be of type int, but is '2'"),
     "a-rank-below-1": ({"r": 0}, "`r` must be at least 1"),
     "a-flag-for-a-rank": ({"r": True}, "`r` in"),
     "biases": ({"bias": "lora_only"}, "base_layer.bias` is missing"),
