@@ -119,7 +119,7 @@ class Plan:
     def joined(self, parts: "Sequence[Plan]", values: Sequence[Any], fill: bool = False) -> Any:
         """Return the values of all parts as one, with the rows in their order.
 
-        Objects that have no rows are kept where they are the same; caches are not.
+        Caches, and other objects without rows, are kept where they are the same.
 
         Args:
             parts: some `parts` of this plan.
@@ -135,7 +135,10 @@ class Plan:
         if isinstance(first, Tensor):
             return self._joined(parts, _filled(values) if fill else values)
         if isinstance(first, dict):
-            columns = {k: [None if k in CACHES else v[k] for v in values] for k in first}
+            columns = {k: [v[k] for v in values] for k in first}
+            for k, column in columns.items():
+                if k in CACHES and any(v is not column[0] for v in column):
+                    columns[k] = [None for _ in column]
             return _alike(first, {k: self.joined(parts, v, fill) for k, v in columns.items()})
         if isinstance(first, tuple | list):
             return _alike(first, [self.joined(parts, v, fill) for v in zip(*values, strict=True)])
