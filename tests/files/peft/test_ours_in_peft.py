@@ -33,6 +33,7 @@ from lightning_peft.methods import (
     TrainableTokens,
     VeRA,
 )
+from lightning_peft.registry import adapters_of
 from tests.files.peft.exchange import QUIET, example, in_peft, perturb
 
 Build = Callable[[str], Any]
@@ -253,6 +254,20 @@ def test_an_unknown_format_and_an_unknown_part_are_named(build: Build, tmp_path:
     with pytest.raises(AdapterError, match=r"`part` must name one of lora, but is 'ia3'"):
         adapter.export(tmp_path, part="ia3")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_beside_each_other_are_saved_each_as_its_own(build: Build, tmp_path: Path) -> None:
+    ours, expected = example("roberta", build), {}
+    for name in ("first", "second"):
+        adapter = inject(ours.model, LoRA(r=2, targets="query"), name)
+        perturb(adapter.parameters())
+        expected[name] = ours.logits()
+    for name, adapter in adapters_of(ours.model).items():
+        theirs = ours.logits(in_peft("roberta", build, adapter.save(tmp_path / name)))
+        torch.testing.assert_close(theirs, expected[name], rtol=1e-5, atol=3e-6)
+        again = example("roberta", build)
+        load_adapter(again.model, tmp_path / name)
+        assert torch.equal(again.logits(), expected[name])
 
 
 def test_a_later_save_leaves_nothing_of_an_earlier_one(build: Build, tmp_path: Path) -> None:
