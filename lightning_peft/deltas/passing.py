@@ -23,10 +23,11 @@ def show(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     setattr(_passing, key, first_input(args, kwargs))
 
 
-def shown(key: str) -> Any:
-    """Return what was noted, once; None where nothing was."""
+def shown(key: str, keep: bool = True) -> Any:
+    """Return what was noted, None where nothing was; for the last time without `keep`."""
     x = getattr(_passing, key, None)
-    setattr(_passing, key, None)
+    if not keep:
+        setattr(_passing, key, None)
     return x
 
 

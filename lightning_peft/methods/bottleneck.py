@@ -217,7 +217,7 @@ class Bottleneck(Delta):
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.tapped is None:
             return first_input(args, kwargs)
-        return cast(Tensor | None, shown(self.tapped))
+        return cast(Tensor | None, shown(self.tapped, keep=False))
 
     def _add(self, h: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:

@@ -63,8 +63,7 @@ class GatedLoRA(Method):
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a gated low-rank delta for each target."""
-        read = anatomy.read_by_parents(model)
-        called = {id(m) for n, m in anatomy.base_modules(model) if n not in read and _is_called(m)}
+        called = _called(model)
         hosts = as_targets(self.targets, self.layers).find(
             model, lambda m: id(m) in called, "linear layers that the model calls"
         )
@@ -107,5 +106,10 @@ class GatedLowRank(Delta):
         return output + F.linear(hidden.to(output.dtype), self.lora_B.to(output.dtype))
 
 
-def _is_called(module: nn.Module) -> bool:
-    return anatomy.is_linear(module) and not anatomy.read_weights(module)
+def _called(model: nn.Module) -> set[int]:
+    """Return the linear layers that are called; of none, those with a forward of their own."""
+    read = anatomy.read_by_parents(model)
+    linear = [m for n, m in anatomy.base_modules(model) if n not in read and anatomy.is_linear(m)]
+    inside = {id(m) for _, m in anatomy.projections(model)}
+    plain = {id(m) for m in linear if not anatomy.read_weights(m)}
+    return plain if plain & inside else {id(m) for m in linear}

@@ -108,10 +108,11 @@ def probe(model: nn.Module, ids: Sequence[int] = ()) -> dict[str, Attention]:
     Raises:
         TargetError: the model has no attention, or cannot be run.
     """
-    found = {
-        n: _of_torch(m) for n, m in base_modules(model) if isinstance(m, nn.MultiheadAttention)
-    }
-    for name, inner in pretrained(model):
+    models = pretrained(model)
+    roots = tuple(name for name, _ in models)
+    outside = [(n, m) for n, m in base_modules(model) if "" not in roots and not under(n, roots)]
+    found = {n: _of_torch(m) for n, m in outside if isinstance(m, nn.MultiheadAttention)}
+    for name, inner in models:
         found |= {f"{name}.{n}".lstrip("."): seen for n, seen in _run(inner, ids).items()}
     if not found:
         raise TargetError(

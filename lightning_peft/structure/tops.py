@@ -5,8 +5,10 @@ parts: a text model may register the encoder of its images, which it runs first,
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -65,12 +67,12 @@ def above_layers(model: nn.Module, blocks: list[Named]) -> list[str]:
 def _noted(blocks: list[Named], last: dict[str, int]) -> Iterator[None]:
     count = itertools.count()
 
-    def note(stack: str) -> None:
+    def note(stack: str, *_: Any) -> None:
         last[stack] = next(count)
 
     last.clear()
     hooks = [
-        block.register_forward_pre_hook(lambda *_, stack=_stack(name): note(stack))
+        block.register_forward_pre_hook(functools.partial(note, _stack(name)))
         for name, block in blocks
     ]
     try:
