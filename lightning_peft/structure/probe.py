@@ -79,7 +79,7 @@ class _Recorder(Delta):
         """Write down what comes in, and change nothing."""
         output = base(host, query, key, value, mask, **kwargs)
         width = query.shape[1] * query.shape[-1]
-        if self.seen is None or width >= self.seen.width:  # LiLT attends twice, to text and layout
+        if self.seen is None or width > self.seen.width:  # LiLT attends twice, to text and layout
             k, v = key[0].detach(), value[0].detach()
             inputs = _inputs_by_query(self.received, output[0])
             self.seen = Attention(width, k, v, spread(k), spread(v), *inputs)
