@@ -74,6 +74,8 @@ class Adapter:
             for other in self._found:
                 other.deactivate()
             model.requires_grad_(False)
+            for other in adapters_of(model).values():
+                other.trainable = False
             for host, key, delta in deltas:
                 self._slots.append((attach(model.get_submodule(host), key, delta), key))
                 self._hosts.append((plain_name(host), key))

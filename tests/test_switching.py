@@ -85,6 +85,8 @@ def test_training_one_leaves_the_others_bitwise_unchanged(build: Build) -> None:
 def test_active_and_trainable_are_independent(build: Build) -> None:
     example = build("bert")
     one, two = filled(example, "ab", LoRA(r=2))
+    assert not one.trainable
+    assert not any(p.requires_grad for p in one.parameters())
     one.requires_grad_()
     two.requires_grad_(False)
     assert (one.active, one.trainable, two.active, two.trainable) == (False, True, True, False)
@@ -240,7 +242,8 @@ def test_who_trains_the_same_weight_cannot_act_together(build: Build) -> None:
 
 def test_a_switch_compiles_nothing_anew(build: Build) -> None:
     example = build("llama")
-    filled(example, "abc", LoRA(r=2))
+    for adapter in filled(example, "abc", LoRA(r=2)):
+        adapter.requires_grad_(False)  # a graph is one of what is trained, or of what is not
     torch.compiler.reset()
     graphs = 0
 

@@ -16,6 +16,7 @@ from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import TARGET, find_target
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import judging
+from lightning_peft.jobs.beside import Beside, by_name
 from lightning_peft.jobs.job import Job
 from lightning_peft.jobs.run_folder import existing, resolved
 from lightning_peft.jobs.trainers import for_judging
@@ -37,16 +38,24 @@ class Predict(Job):
     overwrite: bool = False
     """Replace the file when it exists."""
 
+    adapters: Sequence[str] = ()
+    """Folders of further adapters of the same base, whose predictions stand beside the run's."""
+
     def run(self, config: DictConfig) -> None:
         settings, run = resolved(config), existing(config, "predict")
         task: Any = find_target(settings["task"][TARGET])
         output = self._output(settings["data"].get("path"), run.path, task.suffix)
         module, data = judging.load(settings, judging.checkpoint_of(run, self.checkpoint))
+        predicting: Any = module
+        readable = module.task.readable
+        if self.adapters:
+            predicting = Beside(module, by_name(self.adapters, module.adapter.name))
+            readable = predicting.readable
         rows, inputs = data.predict_rows(), data.inputs("predict")
         with _replacing(output) as file:
-            writer = RowWriter(file, output.suffix, rows, inputs, module.task.readable)
+            writer = RowWriter(file, output.suffix, rows, inputs, readable)
             trainer = for_judging(settings, [writer, progress_bar()])
-            trainer.predict(module, data.predict_dataloader(), return_predictions=False)
+            trainer.predict(predicting, data.predict_dataloader(), return_predictions=False)
         console = open_console()
         console.print(f"{writer.written:,} rows written to {output}", soft_wrap=True)
 
@@ -131,7 +140,7 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in prediction.items():
         if isinstance(value, Mapping):
             prefix = "probability" if name == "probabilities" else name
-            flat |= {f"{prefix}_{key}": item for key, item in value.items()}
+            flat |= {f"{prefix}_{key}": item for key, item in _flat(value).items()}
         else:
             flat[name] = value
     return flat
