@@ -31,6 +31,7 @@ from lightning_peft.errors import AdapterError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.methods import IA3, BitFit, FullFineTuning
 from tests.catalogue import METHODS
+from tests.conftest import BERT, TINY, Example
 from tests.test_every_method import structure
 
 Build = Callable[[str], Any]
@@ -432,3 +433,59 @@ def test_copies_and_pickles_afterwards(build: Build) -> None:
     for twin in (copy.deepcopy(example.model), pickle.loads(pickle.dumps(example.model))):
         with mixed(twin, ["a", "b", None]):
             assert torch.equal(example.logits(twin), expected)
+
+
+def _deberta() -> tuple[Any, int]:
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**BERT | relative)
+    return DebertaV2ForSequenceClassification(config), 7
+
+
+def _xlnet() -> tuple[Any, int]:
+    from transformers import XLNetConfig, XLNetForSequenceClassification
+
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48, dropout=0.0)
+    return XLNetForSequenceClassification(config), 8  # as many tokens as twice the rows
+
+
+def _mixtral() -> tuple[Any, int]:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4)), 7
+
+
+def _bloom() -> tuple[Any, int]:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)), 7
+
+
+@pytest.mark.parametrize("make", [_deberta, _xlnet, _mixtral, _bloom])
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(r=2), PrefixTuning(tokens=3), FullFineTuning(keep_original=True)],
+    ids=["lora", "prefix", "full"],
+)
+def test_models_that_do_not_put_the_rows_first_everywhere(make: Any, method: Method) -> None:
+    rows = ["a", None, "b", "a"]
+    torch.manual_seed(0)
+    model, tokens = make()
+    inputs: dict[str, Any] = {"input_ids": torch.randint(5, 60, (len(rows), tokens))}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    example = Example("", model.eval(), inputs)
+    filled(example, "ab", method)
+    expected = one_by_one(example, rows)
+    with mixed(model, rows):
+        torch.testing.assert_close(example.logits(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_that_takes_tokens_first_is_refused() -> None:
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    inject(model, LoRA(r=2), "a")
+    refused = mixed(model, ["a", None])
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn.*batch_first=True"), refused:
+        pass

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import TargetError
+from lightning_peft.errors import AdapterError, TargetError
 from lightning_peft.ops.rows import first_tensor
-from lightning_peft.structure.anatomy import base_modules
+from lightning_peft.structure.anatomy import base_modules, under
 from lightning_peft.structure.probe import pretrained, run
 
 Shapes = dict[str, list[torch.Size]]
@@ -28,8 +28,12 @@ def rowless(model: nn.Module) -> dict[str, str]:
 
     So has what is not called, since its holder reads its weights. Parts of the model that the run
     does not reach, or that lie outside of pretrained models, are taken to have their rows first.
+
+    Raises:
+        AdapterError: an attention outside of pretrained models says that it has not.
     """
     found: dict[str, str] = {}
+    _refuse_tokens_first(model)
     for prefix, inner in pretrained(model):
         with contextlib.suppress(TargetError):
             once, twice = _shapes(inner, 1), _shapes(inner, 2)
@@ -38,6 +42,17 @@ def rowless(model: nn.Module) -> dict[str, str]:
             lost = {name for name in once if name not in first} | _read(inner, set(once))
             found |= {_join(prefix, n): _join(prefix, _around(n, first)) for n in lost}
     return found
+
+
+def _refuse_tokens_first(model: nn.Module) -> None:
+    known = tuple(prefix for prefix, _ in pretrained(model))
+    for name, module in base_modules(model):
+        tokens_first = isinstance(module, nn.MultiheadAttention) and not module.batch_first
+        if tokens_first and "" not in known and not under(name, known):
+            raise AdapterError(
+                f"The rows of a batch cannot be mixed, since `{name}` takes the tokens before the "
+                "rows: build it with batch_first=True."
+            )
 
 
 def _shapes(model: nn.Module, times: int) -> Shapes:
