@@ -147,7 +147,7 @@ def test_a_base_keeps_the_modes_that_it_came_with(
     first = next(delta for _, _, delta in module.adapter.deltas)
     look = At(
         "on_train_batch_start",
-        lambda *_: modes.append((model.bert.embeddings.dropout.training, first.dropout.training)),
+        lambda *_: modes.append((model.bert.embeddings.dropout.training, first.training)),
     )
     trainer(tmp_path, look).fit(module, rows(), rows())
     assert set(modes) == {(False, True)}
