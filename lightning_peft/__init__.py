@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_peft.adapter import Adapter
     from lightning_peft.callback import PEFT
+    from lightning_peft.carrying.switching import mixed, switch
     from lightning_peft.files.adapter_folder import load_adapter
     from lightning_peft.files.last_checkpoint import last_checkpoint
     from lightning_peft.method import inject
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from lightning_peft.methods.prompt_tuning import PromptTuning
     from lightning_peft.module import PEFTModule
     from lightning_peft.structure.targets import Targets
-    from lightning_peft.switching import mixed, switch
 
 __version__ = "0.1.0"
 
@@ -38,8 +38,8 @@ _HOMES = {
     "inject": "method",
     "last_checkpoint": "files.last_checkpoint",
     "load_adapter": "files.adapter_folder",
-    "mixed": "switching",
-    "switch": "switching",
+    "mixed": "carrying.switching",
+    "switch": "carrying.switching",
 }
 
 __all__ = [

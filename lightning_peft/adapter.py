@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.carrying.in_place import InPlace
+from lightning_peft.carrying.registry import (
+    adapters_of,
+    modules_of,
+    refuse_clash,
+    registry_of,
+    tell_transformers,
+)
+from lightning_peft.carrying.state import check_state
 from lightning_peft.delta import (
     SLOT,
     Delta,
@@ -20,18 +29,9 @@ from lightning_peft.delta import (
 )
 from lightning_peft.errors import AdapterError
 from lightning_peft.fingerprint import fingerprint
-from lightning_peft.folding import Opened, fold_all
-from lightning_peft.in_place import InPlace
-from lightning_peft.optimizers import parameter_groups
-from lightning_peft.registry import (
-    adapters_of,
-    modules_of,
-    refuse_clash,
-    registry_of,
-    tell_transformers,
-)
-from lightning_peft.scaling import scale_of, set_scale
-from lightning_peft.state import check_state
+from lightning_peft.merging.folding import Opened, fold_all
+from lightning_peft.merging.scaling import scale_of, set_scale
+from lightning_peft.training.optimizers import parameter_groups
 
 if TYPE_CHECKING:
     from lightning_peft.method import Method

@@ -8,14 +8,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_peft import averaging
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import AdapterError
-from lightning_peft.hooks import LateHooks, PEFTHooks, adopt_late
-from lightning_peft.injection import Injection, as_methods
-from lightning_peft.loading import load_foreign
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns
+from lightning_peft.training import averaging
+from lightning_peft.training.hooks import LateHooks, PEFTHooks, adopt_late
+from lightning_peft.training.injection import Injection, as_methods
+from lightning_peft.training.loading import load_foreign
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 

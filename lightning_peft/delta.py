@@ -162,7 +162,7 @@ class Slot(nn.ModuleDict):
 
 
 def _part(delta: Delta) -> Delta:
-    from lightning_peft.scaling import Part  # which is a delta itself
+    from lightning_peft.merging.scaling import Part  # which is a delta itself
 
     return Part(delta)
 

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from lightning_peft.checkpoint import record_of
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import manifest, shards
@@ -23,6 +22,7 @@ from lightning_peft.files.folder_io import TENSORS, parse, read_json, read_tenso
 from lightning_peft.files.merged_folder import RECORD
 from lightning_peft.files.peft.exchange import spelling_of
 from lightning_peft.files.peft.settings import Settings
+from lightning_peft.training.checkpoint import record_of
 
 _OURS = re.compile(rf"^(?:(.*)\.)?{SLOT}\.[^.]+_([a-z0-9_]+)\.")
 _THEIRS = re.compile(

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
-from lightning_peft import checkpoint as content
 from lightning_peft.adapter import Adapter
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import CheckpointError, ConfigError, near_misses
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.hooks import PEFTHooks, adopt
-from lightning_peft.injection import Injection, as_methods
 from lightning_peft.method import Method
 from lightning_peft.models import ModelSource
-from lightning_peft.schedule import warmup_decay
 from lightning_peft.structure.targets import Patterns
 from lightning_peft.tasks.task import Task
+from lightning_peft.training import checkpoint as content
+from lightning_peft.training.hooks import PEFTHooks, adopt
+from lightning_peft.training.injection import Injection, as_methods
+from lightning_peft.training.schedule import warmup_decay
 
 _COURSES = ("linear", "cosine", "constant")
 

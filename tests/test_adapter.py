@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import Freeze, LoRA, inject
+from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.carrying.state import check_state
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import AdapterError, TargetError
 from lightning_peft.methods import FullFineTuning
-from lightning_peft.registry import adapters_of
-from lightning_peft.state import check_state
 
 Build = Callable[[str], Any]
 

@@ -18,10 +18,10 @@ from lightning_peft import (
     inject,
     load_adapter,
 )
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import NotMergeable, slot_of
 from lightning_peft.errors import AdapterError, ConfigError
 from lightning_peft.methods import IA3, DoRA, LoRAPlus
-from lightning_peft.registry import adapters_of
 from lightning_peft.tasks.sequence_classification import SequenceClassification
 from tests.lightning_modules import At, changed, snapshot, trainer
 

@@ -19,7 +19,7 @@ from lightning_peft.delta import (
 )
 from lightning_peft.errors import AdapterError
 from lightning_peft.marker import subclass
-from lightning_peft.modes import hold_in_eval, release
+from lightning_peft.training.modes import hold_in_eval, release
 
 
 class Add(Delta):

@@ -20,11 +20,11 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, inject, load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate, to_spec
 from lightning_peft.delta import SLOT, NotMergeable
 from lightning_peft.errors import AdapterError, PEFTError, TargetError
 from lightning_peft.method import Method
-from lightning_peft.registry import adapters_of
 from tests.catalogue import METHODS
 
 KINDS = {"encoder": "bert", "decoder": "llama", "encoder-decoder": "t5", "vision": "vit"}
@@ -426,7 +426,7 @@ def test_pickles_into_a_fresh_process(build: Build, tmp_path: Path) -> None:
             assert pickle.loads(pickle.dumps(example.model)).state_dict().keys()
     script = """
 import sys, torch, pathlib
-from lightning_peft.registry import adapters_of
+from lightning_peft.carrying.registry import adapters_of
 torch.set_num_threads(1)
 outputs = {}
 for file in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):

@@ -13,9 +13,9 @@ import lightning_peft
 from lightning_peft import PEFT, Adapter, LoRA, delta, inject
 from lightning_peft.deltas.hosts import deltas_for
 from lightning_peft.deltas.low_rank import LowRank, Product
-from lightning_peft.hooks import LateHooks, PEFTHooks, adopt_late
-from lightning_peft.injection import Injection
 from lightning_peft.ops.low_rank import add_low_rank
+from lightning_peft.training.hooks import LateHooks, PEFTHooks, adopt_late
+from lightning_peft.training.injection import Injection
 
 PACKAGE = str(Path(lightning_peft.__file__).parent)
 BUDGET = 170

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.callbacks.summary import trained_size
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.files.adapter_folder import CONFIG
 from lightning_peft.redact import redact
-from lightning_peft.registry import adapters_of
 
 
 class WandbAdapter(Callback):

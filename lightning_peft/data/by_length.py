@@ -1,6 +1,7 @@
 """Batches of like lengths, which have little padding to compute."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -10,9 +11,9 @@ _BATCHES = (
 )
 
 
-def lengths_of(items: Sequence[Sequence[object]]) -> list[int]:
+def lengths_of(items: Sequence[Sequence[Any]]) -> list[int]:
     """Return the number of tokens of each row; a row of several pieces counts its longest."""
-    return [max(map(len, i)) if i and isinstance(i[0], list) else len(i) for i in items]  # type: ignore[arg-type]
+    return [max(map(len, i)) if len(i) and isinstance(i[0], list) else len(i) for i in items]
 
 
 class ByLength(Sampler[int]):

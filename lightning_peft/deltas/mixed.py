@@ -21,8 +21,8 @@ from lightning_peft.delta import Delta
 from lightning_peft.deltas.stacked import Stack, stack_of
 from lightning_peft.deltas.virtual_tokens import Enter
 from lightning_peft.errors import AdapterError
+from lightning_peft.merging.scaling import Part
 from lightning_peft.ops.rows import CACHES, Key, Plan, first_tensor
-from lightning_peft.scaling import Part
 
 _RUNNING = threading.local()
 """The part of a batch that a thread's forward pass is in."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.state import check_state
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
@@ -36,7 +37,6 @@ from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Inexpressible
 from lightning_peft.fingerprint import check_fingerprint, fingerprint
 from lightning_peft.method import Method, inject
-from lightning_peft.state import check_state
 
 CONFIG = "lightning_peft.json"
 THEIR_CONFIG = "adapter_config.json"

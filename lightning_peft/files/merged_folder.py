@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.certificate import (
+from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.errors import AdapterError, CheckpointError
+from lightning_peft.merging.certificate import (
     Batch,
     Certificate,
     Inputs,
@@ -20,9 +22,7 @@ from lightning_peft.certificate import (
     logits_of,
     precision,
 )
-from lightning_peft.errors import AdapterError, CheckpointError
-from lightning_peft.quantised import is_quantised
-from lightning_peft.registry import adapters_of
+from lightning_peft.merging.quantised import is_quantised
 from lightning_peft.structure.anatomy import is_transformers
 from lightning_peft.structure.probe import untouched
 

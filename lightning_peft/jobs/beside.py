@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_peft.carrying.switching import switch
 from lightning_peft.errors import ConfigError
 from lightning_peft.files.adapter_folder import load_adapter
 from lightning_peft.module import PEFTModule
-from lightning_peft.switching import switch
 
 
 class Beside(LightningModule):

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.certificate import Batch, Certificate
 from lightning_peft.config import instantiate
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.files.adapter_folder import load_adapter
@@ -19,7 +18,8 @@ from lightning_peft.jobs import judging
 from lightning_peft.jobs.bases import base_for, require_folder
 from lightning_peft.jobs.job import Job
 from lightning_peft.jobs.run_folder import RunFolder, resolved
-from lightning_peft.merging import measure, merge
+from lightning_peft.merging.certificate import Batch, Certificate
+from lightning_peft.merging.merging import measure, merge
 from lightning_peft.report import open_console
 
 _DTYPES = ("float32", "float16", "bfloat16")

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, Delta, slot_of
 from lightning_peft.deltas.low_rank import fresh
 from lightning_peft.errors import AdapterError, ConfigError, TargetError, near_misses
 from lightning_peft.method import Method
 from lightning_peft.methods.bottleneck import Bottleneck, BottleneckAdapter
-from lightning_peft.registry import adapters_of
 from lightning_peft.structure.anatomy import base_modules
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_peft import load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.errors import AdapterError
-from lightning_peft.registry import adapters_of
 
 MODEL = """
 import torch

@@ -11,9 +11,9 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_peft.callbacks import AdapterStats, WandbAdapter, log_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.loggers import MetricsFile, wandb_logger
 from lightning_peft.redact import HIDDEN
-from lightning_peft.registry import adapters_of
 
 pytestmark = pytest.mark.usefixtures("offline")
 

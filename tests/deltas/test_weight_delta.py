@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA, Targets, inject, switch
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
@@ -26,7 +27,6 @@ from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.vera import VeRA
-from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lightning_peft import Freeze, LoRA, Targets, inject, load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, CheckpointError, PEFTError
 from lightning_peft.files.adapter_folder import CONFIG, TENSORS, THEIR_CONFIG
-from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 

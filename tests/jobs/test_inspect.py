@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from lightning_peft import LoRA, PrefixTuning, inject
 from lightning_peft.files.merged_folder import write_merged
 from lightning_peft.inspecting import inspect_path
-from lightning_peft.merging import merge
+from lightning_peft.merging.merging import merge
 from tests.jobs.command import Run
 
 BRIEF = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "job.baseline=false"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_peft import LoRA, PromptTuning, inject
-from lightning_peft.certificate import TOLERANCES
+from lightning_peft.merging.certificate import TOLERANCES
 from lightning_peft.module import PEFTModule
 from tests.jobs.command import Run
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft import PEFT, inject
 from lightning_peft.errors import ConfigError
 from lightning_peft.methods import AdaLoRA
-from lightning_peft.steps import after_step, before_step
+from lightning_peft.training.steps import after_step, before_step
 from tests.lightning_modules import At, Module, changed, loader, snapshot, trainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed: run `pip install '.[dev]'`")

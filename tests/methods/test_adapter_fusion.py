@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_peft import PEFT, Adapter, BottleneckAdapter, LoRA, inject, load_adapter, switch
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import slot_of
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.methods import AdapterFusion
 from lightning_peft.methods.adapter_fusion import Fusion
-from lightning_peft.registry import adapters_of
 from tests.lightning_modules import Module, loader, trainer
 
 Build = Callable[[str], Any]

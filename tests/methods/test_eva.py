@@ -13,7 +13,7 @@ from lightning_peft import PEFT, LoRA, inject
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods import EVA
 from lightning_peft.methods.eva import principal_directions
-from lightning_peft.warm_start import Watch, warm_start
+from lightning_peft.training.warm_start import Watch, warm_start
 from tests.lightning_modules import Module, changed, loader, snapshot, trainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed: run `pip install '.[dev]'`")

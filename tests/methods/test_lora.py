@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA, Targets, inject
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
-from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 

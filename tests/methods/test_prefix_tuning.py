@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_peft import LoRA, Targets, inject, load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.methods import PrefixTuning, PTuningV2
-from lightning_peft.registry import adapters_of
 
 Build = Callable[[str], Any]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lightning_peft import inject, load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import NotMergeable
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.methods.trainable_tokens import TrainableTokens
-from lightning_peft.registry import adapters_of
 from tests.methods.peft_reference import QUIET, assert_same, peft
 
 Build = Callable[[str], Any]

@@ -4,12 +4,12 @@ from torch import nn
 
 from lightning_peft import LoRA
 from lightning_peft.errors import AdapterError, ConfigError
-from lightning_peft.injection import Injection
 from lightning_peft.strategies.checks import (
     assert_same_on_all_ranks,
     check_strategy,
     refuse_wrapped,
 )
+from lightning_peft.training.injection import Injection
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_2"])

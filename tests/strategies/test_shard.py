@@ -9,9 +9,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_peft import LoRA, inject
 from lightning_peft.errors import AdapterError
-from lightning_peft.injection import Injection
 from lightning_peft.strategies.checks import is_sharded
 from lightning_peft.strategies.shard import like, shard, shard_children, whole
+from lightning_peft.training.injection import Injection
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ a tensor that no entry accounts for is refused, whichever side has it.
 | `spelling.py` | `Spelling`, `Part`, `Entry` |
 | `settings.py` | a configuration being read: each setting is taken, refused or harmless |
 | `names.py` | which modules peft's patterns mean, and the shortest patterns for a set of modules |
-| `in_place.py` | what is trained in place, as `modules_to_save` |
+| `carrying/in_place.py` | what is trained in place, as `modules_to_save` |
 | `exchange.py` | whole folders, by the spellings |
 """
 

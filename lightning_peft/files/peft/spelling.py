@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import modules_of
 from lightning_peft.delta import SLOT, Delta
 from lightning_peft.errors import AdapterError
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.method import Method
-from lightning_peft.registry import modules_of
 
 BASE = "base_model.model."
 """What peft puts before the name of a module."""

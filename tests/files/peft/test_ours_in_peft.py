@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_peft import LoRA, Targets, inject, load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.errors import AdapterError, ConfigError
 from lightning_peft.files.adapter_folder import CONFIG, TENSORS, THEIR_CONFIG
 from lightning_peft.method import Method
@@ -33,7 +34,6 @@ from lightning_peft.methods import (
     TrainableTokens,
     VeRA,
 )
-from lightning_peft.registry import adapters_of
 from tests.files.peft.exchange import QUIET, example, in_peft, perturb
 
 Build = Callable[[str], Any]

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from lightning_peft import LoRA, inject, load_adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files.adapter_folder import CONFIG, TENSORS, THEIR_CONFIG
 from lightning_peft.methods import DoRA, SHiRA, VeRA
-from lightning_peft.registry import adapters_of
 from tests.files.peft.exchange import example, perturb
 from tests.files.test_adapter_folder import assert_untouched, bare
 

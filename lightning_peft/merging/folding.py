@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_peft.carrying.in_place import Parked
 from lightning_peft.delta import Delta, NotMergeable, slot_of
-from lightning_peft.in_place import Parked
-from lightning_peft.scaling import fold
+from lightning_peft.merging.scaling import fold
 
 Hosted = tuple[str, nn.Module, Delta]
 Opened = Callable[[nn.Module], AbstractContextManager[Any]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_peft.schedule import Course, warmup_decay
+from lightning_peft.training.schedule import Course, warmup_decay
 
 
 @pytest.mark.parametrize("course", ["linear", "cosine", "constant"])

@@ -21,9 +21,10 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lightning_peft import PEFT, Freeze, LoRA, finite, load_adapter
+from lightning_peft import PEFT, Freeze, LoRA, load_adapter
 from lightning_peft.errors import ConfigError, NonFiniteError
 from lightning_peft.methods import FullFineTuning
+from lightning_peft.training import finite
 from tests.lightning_modules import (
     Around,
     At,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import AdapterError
-from lightning_peft.quantised import is_quantised
+from lightning_peft.merging.quantised import is_quantised
 from lightning_peft.structure.anatomy import is_transformers
 from lightning_peft.structure.probe import run
 

@@ -20,14 +20,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, Delta
 from lightning_peft.deltas.low_rank import Product
 from lightning_peft.deltas.weight_delta import WeightDelta
 from lightning_peft.errors import AdapterError, near_misses
-from lightning_peft.joining import is_joinable, joined, lora_for, write_factors
+from lightning_peft.merging.joining import is_joinable, joined, lora_for, write_factors
 from lightning_peft.method import Method, inject
 from lightning_peft.ops.combine import combined
-from lightning_peft.registry import adapters_of
 
 How = Literal[
     "sum", "cat", "linear", "svd", "magnitude_prune", "magnitude_prune_svd", "ties", "ties_svd",

@@ -7,9 +7,9 @@ from torch import nn
 
 from lightning_peft.delta import SLOT, Unforgivable, plain_name
 from lightning_peft.errors import AdapterError
-from lightning_peft.modes import HeldInEval, ask_for_gradient, hold_in_eval, release
 from lightning_peft.structure.anatomy import is_transformers
 from lightning_peft.structure.drift import drifts, recomputing
+from lightning_peft.training.modes import HeldInEval, ask_for_gradient, hold_in_eval, release
 
 if TYPE_CHECKING:
     from lightning_peft.adapter import Adapter

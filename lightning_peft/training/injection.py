@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import AdapterError
 from lightning_peft.files.adapter_folder import load_adapter
 from lightning_peft.method import Method, inject
-from lightning_peft.registry import adapters_of
 from lightning_peft.strategies.checks import refuse_wrapped
 from lightning_peft.structure.anatomy import head_parameters
 from lightning_peft.structure.targets import Patterns, as_patterns, trained_in_place

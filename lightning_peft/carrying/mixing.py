@@ -12,15 +12,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import Forgetful, Registry, modules_of
 from lightning_peft.delta import SLOT, Delta, Slot, attach, detach, slot_of
 from lightning_peft.deltas.cached_keys import CachedKeys
 from lightning_peft.deltas.mixed import APART, Apart, Batch, Mixture, Parting, overrides
 from lightning_peft.deltas.ragged import reaching
 from lightning_peft.deltas.virtual_tokens import Enter, Leave, Virtual
 from lightning_peft.marker import subclass, without
+from lightning_peft.merging.scaling import Part
 from lightning_peft.ops.rows import Key, Plan
-from lightning_peft.registry import Forgetful, Registry, modules_of
-from lightning_peft.scaling import Part
 from lightning_peft.structure import anatomy, batch
 
 Signs = Mapping[Key, Hashable]

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from lightning_peft import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning, inject
 from lightning_peft.adapter import Adapter
-from lightning_peft.certificate import QUANTISED, TOLERANCES, compare
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT, NotMergeable
 from lightning_peft.errors import AdapterError
-from lightning_peft.merging import MergeRefused, measure, merge
+from lightning_peft.merging.certificate import QUANTISED, TOLERANCES, compare
+from lightning_peft.merging.merging import MergeRefused, measure, merge
+from lightning_peft.merging.quantised import opened
 from lightning_peft.method import Method
 from lightning_peft.methods import IA3, BitFit, DoRA, TrainableTokens
-from lightning_peft.quantised import opened
-from lightning_peft.registry import adapters_of
 from tests.catalogue import METHODS
-from tests.test_combining import adapted
+from tests.merging.test_combining import adapted
 
 Build = Callable[[str], Any]
 

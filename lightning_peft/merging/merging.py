@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.certificate import (
+from lightning_peft.carrying.registry import adapters_of, modules_of
+from lightning_peft.config import to_spec
+from lightning_peft.delta import SLOT, Delta, NotMergeable, slot_of
+from lightning_peft.errors import AdapterError
+from lightning_peft.merging.certificate import (
     Batch,
     Certificate,
     Inputs,
@@ -27,11 +31,7 @@ from lightning_peft.certificate import (
     logits_of,
     precision,
 )
-from lightning_peft.config import to_spec
-from lightning_peft.delta import SLOT, Delta, NotMergeable, slot_of
-from lightning_peft.errors import AdapterError
-from lightning_peft.quantised import is_quantised, opened, way_back
-from lightning_peft.registry import adapters_of, modules_of
+from lightning_peft.merging.quantised import is_quantised, opened, way_back
 from lightning_peft.structure.probe import untouched
 
 

@@ -14,10 +14,10 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 
-from lightning_peft import checkpoint as content
 from lightning_peft.delta import plain_name
 from lightning_peft.errors import ConfigError
-from lightning_peft.modes import HeldInEval
+from lightning_peft.training import checkpoint as content
+from lightning_peft.training.modes import HeldInEval
 
 _AVERAGING: Any = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
 

@@ -11,15 +11,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_peft import averaging, finite, modes, random_state, steps, warm_start
-from lightning_peft import checkpoint as content
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.errors import AdapterError
-from lightning_peft.export import save_final
-from lightning_peft.injection import Injection
 from lightning_peft.marker import subclass, superclass
-from lightning_peft.optimizers import check_scales, keep_trainable, optimizers_in
-from lightning_peft.registry import adapters_of
+from lightning_peft.training import averaging, finite, modes, random_state, steps, warm_start
+from lightning_peft.training import checkpoint as content
+from lightning_peft.training.export import save_final
+from lightning_peft.training.injection import Injection
+from lightning_peft.training.optimizers import check_scales, keep_trainable, optimizers_in
 
 
 class PEFTHooks:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_peft import checkpoint as content
 from lightning_peft.errors import NonFiniteError
+from lightning_peft.training import checkpoint as content
 
 
 def is_watched(loss: Tensor, trainer: Any) -> bool:

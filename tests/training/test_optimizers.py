@@ -10,7 +10,7 @@ from torch.optim import SGD, Adagrad, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.optimizers import group_names, keep_trainable, optimizers_in
+from lightning_peft.training.optimizers import group_names, keep_trainable, optimizers_in
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_peft import PEFT, Freeze, LoRA, last_checkpoint
-from lightning_peft.checkpoint import RECORD, REMEDY
 from lightning_peft.errors import CheckpointError
 from lightning_peft.methods import FullFineTuning
+from lightning_peft.training.checkpoint import RECORD, REMEDY
 from tests.lightning_modules import (
     Around,
     At,

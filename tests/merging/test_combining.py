@@ -18,10 +18,11 @@ from lightning_peft import (
     inject,
     load_adapter,
 )
-from lightning_peft.combining import How, combine
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, PEFTError
+from lightning_peft.merging.combining import How, combine
 from lightning_peft.methods import (
     IA3,
     OFT,
@@ -32,11 +33,10 @@ from lightning_peft.methods import (
     LoRAPlus,
     PiSSA,
 )
-from lightning_peft.registry import adapters_of
+from tests.catalogue import METHODS
 
 Build = Callable[[str], Any]
 
-METHODS = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 AS_IN_PEFT = [how for how in get_args(How) if how != "sum"]
 
 

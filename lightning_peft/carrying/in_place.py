@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.carrying.registry import modules_of
 from lightning_peft.delta import SLOT, Delta, Slot, attach, detach, plain_name, slot_of
 from lightning_peft.errors import AdapterError
-from lightning_peft.modes import forget_computed
-from lightning_peft.registry import modules_of
+from lightning_peft.training.modes import forget_computed
 
 Tensors = dict[str, Tensor]
 

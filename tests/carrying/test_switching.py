@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_peft import Adapter, LoRA, PrefixTuning, inject, load_adapter, switch
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods import BitFit, FullFineTuning, LNTuning
-from lightning_peft.registry import adapters_of
 from tests.test_every_method import bits, structure
 
 Build = Callable[[str], Any]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_peft.carrying.mixing import scene_of
+from lightning_peft.carrying.registry import adapters_of, refuse_clash, registry_of
 from lightning_peft.errors import AdapterError, near_misses
-from lightning_peft.mixing import scene_of
 from lightning_peft.ops.rows import Plan
-from lightning_peft.registry import adapters_of, refuse_clash, registry_of
 
 if TYPE_CHECKING:
     from lightning_peft.adapter import Adapter

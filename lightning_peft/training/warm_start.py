@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import modules_of
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.passing import first_input
 from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method
-from lightning_peft.registry import modules_of
 
 
 def starts_from_data(adapter: Adapter) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.registry import modules_of
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.hosts import Parts
 from lightning_peft.deltas.low_rank import LowRank, Product, Site
@@ -19,10 +20,9 @@ from lightning_peft.deltas.weight_delta import WeightDelta
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.ops.combine import split, truncated
-from lightning_peft.registry import modules_of
 
 if TYPE_CHECKING:
-    from lightning_peft.combining import Recipe
+    from lightning_peft.merging.combining import Recipe
 
 Factors = tuple[Tensor, Tensor]
 

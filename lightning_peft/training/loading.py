@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
-from lightning_peft import checkpoint as content
 from lightning_peft.delta import SLOT, plain_name
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.hooks import adopt_late
-from lightning_peft.injection import Injection
-from lightning_peft.plain import saved_settings
+from lightning_peft.training import checkpoint as content
+from lightning_peft.training.hooks import adopt_late
+from lightning_peft.training.injection import Injection
+from lightning_peft.training.plain import saved_settings
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import random_state
+from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.carrying.state import check_state
 from lightning_peft.delta import plain_name
 from lightning_peft.errors import AdapterError, CheckpointError
 from lightning_peft.fingerprint import check_fingerprint
-from lightning_peft.optimizers import group_names
-from lightning_peft.plain import make_plain
-from lightning_peft.registry import adapters_of
-from lightning_peft.state import check_state
+from lightning_peft.training import random_state
+from lightning_peft.training.optimizers import group_names
+from lightning_peft.training.plain import make_plain
 
 if TYPE_CHECKING:
-    from lightning_peft.hooks import PEFTHooks
+    from lightning_peft.training.hooks import PEFTHooks
 
 RECORD = "lightning_peft"
 VERSION = 1

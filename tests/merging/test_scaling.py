@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from lightning_peft import LoRA, PrefixTuning, PromptTuning, inject
+from lightning_peft.carrying.switching import mixed, switch
 from lightning_peft.config import instantiate
 from lightning_peft.delta import NotMergeable
 from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method
 from lightning_peft.methods import BOFT, IA3, BitFit, DoRA, TrainableTokens
-from lightning_peft.switching import mixed, switch
 from tests.catalogue import METHODS
 
 Build = Callable[[str], Any]

@@ -1,0 +1,1 @@
+"""What is done with trained weights: scaled, combined, folded into the base."""

@@ -1,0 +1,1 @@
+"""What happens to a LightningModule while an adapter trains in it."""
