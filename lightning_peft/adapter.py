@@ -74,7 +74,7 @@ class Adapter:
             for other in self._found:
                 other.deactivate()
             model.requires_grad_(False)
-            for other in adapters_of(model).values():
+            for other in present.values():
                 other.trainable = False
             for host, key, delta in deltas:
                 self._slots.append((attach(model.get_submodule(host), key, delta), key))

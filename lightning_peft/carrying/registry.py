@@ -25,15 +25,16 @@ class Forgetful(dict[Any, Any]):
 class Registry(dict[str, "Adapter"]):
     """The adapters of one model by name, and what the model was before the first of them."""
 
+    rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
+    entered: Any = None  # the scene of the batch that is mixed at this time
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.required = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
         self.norms = [(plain_name(n), m) for n, m in model.named_modules() if drifts(m)]
         self.held: list[nn.Module] = []
         self.asking = [ask_for_gradient(module) for module in recomputing(model)]
-        self.rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
         self.scenes = Forgetful()
-        self.entered: Any = None  # the scene of the batch that is mixed at this time
         self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
 
     def hold_norms(self) -> None:

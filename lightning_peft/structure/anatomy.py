@@ -241,7 +241,8 @@ def projections(model: nn.Module) -> list[Named]:
     The linear layers of the layer stack, also those that are read as tensors; without any its
     convolutions; without a stack all linear and convolutional layers but the head's.
     """
-    stack, out = layers(model), (*(name for name, _ in head(model)), *uncrossed(model))
+    stack = layers(model)
+    out = (*(name for name, _ in head(model)), *(uncrossed(model) if stack else ()))
     within = [named for n, block in stack or [("", model)] for named in base_modules(block, n)]
     inside = [(n, m) for n, m in within if not under(n, out)]
     linear = [(n, m) for n, m in inside if stack and (is_linear(m) or read_weights(m))]
