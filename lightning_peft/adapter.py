@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +28,7 @@ from lightning_peft.delta import (
     slot_of,
 )
 from lightning_peft.errors import AdapterError
-from lightning_peft.fingerprint import fingerprint
+from lightning_peft.fingerprint import fingerprint_for
 from lightning_peft.merging.folding import Opened, fold_all
 from lightning_peft.merging.scaling import scale_of, set_scale
 from lightning_peft.training.optimizers import parameter_groups
@@ -114,11 +114,7 @@ class Adapter:
     @functools.cached_property
     def base_fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the frozen base, which never changes and is thus taken once."""
-        with ExitStack() as stack:
-            for other in adapters_of(self.model).values():
-                if other is not self:
-                    stack.enter_context(other.disabled())
-            return fingerprint(self.model, set(self.tensors()))
+        return fingerprint_for(self.model, set(self.tensors()), self)
 
     @functools.cached_property
     def start_epochs(self) -> dict[str, int]:

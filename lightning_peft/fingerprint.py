@@ -8,13 +8,18 @@ sampled places is not noticed.
 
 import hashlib
 from collections.abc import Collection, Iterator
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, plain_name
 from lightning_peft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lightning_peft.adapter import Adapter
 
 SAMPLES = 64
 ALGORITHM = f"sha256 of names, shapes and {SAMPLES} values a tensor in bfloat16"
@@ -36,6 +41,23 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, An
         digest.update(_sample(tensor))
         count += 1
     return {"algorithm": ALGORITHM, "sha256": digest.hexdigest(), "tensors": count}
+
+
+def fingerprint_for(
+    model: nn.Module, exclude: Collection[str], own: "Adapter | None" = None
+) -> dict[str, Any]:
+    """Return the fingerprint of `model` as it is without its adapters but `own`.
+
+    What those train in place is no part of the base, also while they act.
+
+    Raises:
+        AdapterError: the originals of what one of them trains in place were not kept.
+    """
+    with ExitStack() as stack:
+        for other in adapters_of(model).values():
+            if other is not own:
+                stack.enter_context(other.disabled())
+        return fingerprint(model, exclude)
 
 
 def check_fingerprint(stored: dict[str, Any], present: dict[str, Any], what: str) -> None:

@@ -21,7 +21,7 @@ from lightning_peft.carrying.state import check_state
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
-from lightning_peft.files import adapterhub
+from lightning_peft.files import adapterhub, folder_io
 from lightning_peft.files.folder_io import (
     TENSORS,
     dump,
@@ -35,11 +35,10 @@ from lightning_peft.files.hub import located
 from lightning_peft.files.peft import exchange
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Inexpressible
-from lightning_peft.fingerprint import check_fingerprint, fingerprint
+from lightning_peft.fingerprint import check_fingerprint, fingerprint_for
 from lightning_peft.method import Method, inject
 
-CONFIG = "lightning_peft.json"
-THEIR_CONFIG = "adapter_config.json"
+CONFIG, THEIR_CONFIG = folder_io.CONFIG, folder_io.THEIR_CONFIG
 FORMAT = 2
 READABLE = (1, 2)
 """Formats of the sidecar that can be read; in the first the keys were always ours."""
@@ -84,7 +83,7 @@ def export_adapter(adapter: Adapter, folder: str | Path, part: str | None = None
     """
     state, spelled = _finite(adapter, adapter.state_dict()), exchange.spell(adapter, part)
     data = pack(spelled.tensors(state))
-    write(Path(folder), {TENSORS: data, THEIR_CONFIG: dump(spelled.config), CONFIG: None})
+    write(Path(folder), {TENSORS: data, THEIR_CONFIG: dump(spelled.config)})
     return Path(folder)
 
 
@@ -115,10 +114,11 @@ def load_adapter(
         TargetError: a pattern matches nothing; the model is left as it was.
     """
     folder = located(folder, revision, subfolder)
-    if adapterhub.is_here(folder):
+    own = (folder / CONFIG).exists()
+    if not own and adapterhub.is_here(folder):
         return _load_adapterhubs(model, folder, name)
     data = read_tensors(folder)
-    if (folder / CONFIG).exists():
+    if own:
         return _load_own(model, folder, data, name, ignore_fingerprint)
     if (folder / THEIR_CONFIG).exists():
         return _load_theirs(model, folder, data, name)
@@ -137,7 +137,7 @@ def _load_own(
     tensors = parse(data, folder / TENSORS)
     state = {_renamed(key, old, new): tensor for key, tensor in tensors.items()}
     if not ignore_fingerprint:
-        present = fingerprint(model, set(config.get("replaced", state)))
+        present = fingerprint_for(model, set(config.get("replaced", state)))
         check_fingerprint(config["fingerprint"], present, f"`{folder}`")
     adapter = inject(model, methods, new, train=_exactly(config["in_place"]), head=False)
     with _removed_on_error(adapter, folder):

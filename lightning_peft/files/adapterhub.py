@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from lightning_peft.adapter import Adapter
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, CheckpointError
-from lightning_peft.files.folder_io import dump, pack, parse, read_json, write
+from lightning_peft.files.folder_io import (
+    ADAPTERHUB,
+    THEIR_CONFIG,
+    dump,
+    pack,
+    parse,
+    read_json,
+    write,
+)
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.methods.bottleneck import Bottleneck, BottleneckAdapter
 from lightning_peft.structure import anatomy
 from lightning_peft.structure.anatomy import head_parameters
 from lightning_peft.structure.sublayers import SubLayer, sublayers
 
-TENSORS = "adapter.safetensors"
-CONFIG = "adapter_config.json"
-HEAD = "model_head.safetensors"
-HEAD_CONFIG = "head_config.json"
+TENSORS, HEAD, HEAD_CONFIG = ADAPTERHUB
+CONFIG = THEIR_CONFIG
 VERSION = "adapters.1.3.0"
 
 _WITHIN = ("attention.output", "", "output")
@@ -79,8 +85,9 @@ _HARMLESS = (
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder is one of AdapterHub's."""
-    return (folder / TENSORS).exists() and (folder / CONFIG).exists()
+    """Whether a folder is one of AdapterHub's, whose settings are below a key of their own."""
+    present = (folder / TENSORS).exists() and (folder / CONFIG).exists()
+    return present and "config" in read_json(folder / CONFIG)
 
 
 @dataclass(frozen=True)
@@ -385,7 +392,7 @@ def _head_files(adapter: Adapter) -> dict[str, bytes | None]:
             f"AdapterHub's format has no place for `{outside[0]}`, trained in place."
         )
     if not head:
-        return {HEAD: None, HEAD_CONFIG: None}
+        return {}
     config: Any = adapter.model.config
     about = _about(adapter) | {"config": None, "name": None}
     about |= {"label2id": config.label2id, "num_labels": config.num_labels}

@@ -12,6 +12,10 @@ from torch import Tensor
 from lightning_peft.errors import CheckpointError
 
 TENSORS = "adapter_model.safetensors"
+CONFIG = "lightning_peft.json"
+THEIR_CONFIG = "adapter_config.json"
+ADAPTERHUB = ("adapter.safetensors", "model_head.safetensors", "head_config.json")
+_FILES = (TENSORS, CONFIG, THEIR_CONFIG, *ADAPTERHUB)
 _PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "pytorch_model.bin", "adapter_model.pt")
 
 
@@ -82,7 +86,9 @@ def read_tensors(folder: Path) -> bytes:
 
 
 def write(folder: Path, files: Mapping[str, bytes | None]) -> None:
-    """Write files to a folder in order, each whole or not at all, and take out those that are None.
+    """Write files to a folder in order, each whole or not at all, and then take out all others.
+
+    Those that are None, and those that another format left there, would be read in their stead.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -92,7 +98,7 @@ def write(folder: Path, files: Mapping[str, bytes | None]) -> None:
         for name, data in files.items():
             if data is not None:
                 _replace(folder / name, data)
-        for name in [name for name, data in files.items() if data is None]:
+        for name in [name for name in _FILES if files.get(name) is None]:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"The adapter cannot be written to `{folder}`: {error}.") from error

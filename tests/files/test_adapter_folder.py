@@ -12,19 +12,22 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from lightning_peft import Freeze, LoRA, Targets, inject, load_adapter
+from lightning_peft import Freeze, LoRA, Targets, inject, load_adapter, switch
 from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, CheckpointError, PEFTError
 from lightning_peft.files.adapter_folder import CONFIG, TENSORS, THEIR_CONFIG
+from lightning_peft.methods import BitFit
 
 Build = Callable[[str], Any]
 
 
-def saved(build: Build, folder: Path, name: str = "bert", **settings: Any) -> Any:
+def saved(
+    build: Build, folder: Path, name: str = "bert", head: bool = True, **settings: Any
+) -> Any:
     """Save a trained adapter and return its example."""
     example = build(name)
-    adapter = inject(example.model, LoRA(r=2, **settings))
+    adapter = inject(example.model, LoRA(r=2, **settings), head=head)
     example.train(adapter.parameters())
     adapter.save(folder)
     return example
@@ -115,6 +118,28 @@ def test_under_another_name_beside_another_adapter(build: Build, tmp_path: Path)
     assert (loaded.name, sorted(adapters_of(other.model))) == ("theirs", ["mine", "theirs"])
     assert all(f"{SLOT}.theirs_lora." in n or n in loaded.in_place for n in loaded.state_dict())
     assert torch.equal(other.logits(), example.logits())
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), BitFit()], ids=["a-head", "biases"])
+def test_beside_one_that_trains_in_place(method: Any, build: Build, tmp_path: Path) -> None:
+    example = saved(build, tmp_path, head=False)
+    expected, other = example.logits(), build("bert")
+    first = inject(other.model, method, "first")
+    other.train(first.parameters())
+    load_adapter(other.model, tmp_path, "second")
+    assert torch.equal(other.logits(), expected)
+
+
+def test_a_whole_module_has_the_base_where_another_trains_it(build: Build, tmp_path: Path) -> None:
+    example, base = build("bert"), build("bert")
+    inject(example.model, LoRA(r=2), "a", head=False, train="classifier.weight")
+    b = inject(example.model, LoRA(r=2), "b", head=False, train="classifier.bias")
+    example.train(b.parameters())
+    switch(example.model, ["a", "b"])
+    adapters_of(example.model)["a"].save(tmp_path)
+    bias = load_file(tmp_path / TENSORS)["base_model.model.classifier.bias"]
+    assert torch.equal(bias, base.model.classifier.bias)
+    load_adapter(base.model, tmp_path)
 
 
 def test_a_name_within_a_name_is_not_renamed(build: Build, tmp_path: Path) -> None:

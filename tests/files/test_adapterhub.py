@@ -222,3 +222,24 @@ def test_one_part_and_an_earlier_head(build: Build, tmp_path: Path) -> None:
     train = inject(build("bert").model, BottleneckAdapter(), train="embeddings.LayerNorm")
     with pytest.raises(AdapterError, match=r"no place for `bert.embeddings"):
         train.export(tmp_path, "adapterhub")
+
+
+@pytest.mark.parametrize("later", ["save", "peft", "adapterhub"])
+@pytest.mark.parametrize("earlier", ["save", "peft", "adapterhub"])
+def test_nothing_is_left_of_another_format(
+    earlier: str, later: str, build: Build, tmp_path: Path
+) -> None:
+    def written(form: str, number: int) -> torch.Tensor:
+        example = build("bert")
+        method = BottleneckAdapter() if form == "adapterhub" else LoRA(r=2)
+        adapter = inject(example.model, method, f"a{number}")
+        for _ in range(number):
+            perturb(adapter.parameters())
+        adapter.save(tmp_path) if form == "save" else adapter.export(tmp_path, form)
+        return example.logits()
+
+    written(earlier, 1)
+    expected = written(later, 2)
+    example = build("bert")
+    load_adapter(example.model, tmp_path)
+    assert torch.allclose(example.logits(), expected, atol=1e-6)

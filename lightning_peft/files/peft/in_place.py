@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, plain_name
 from lightning_peft.errors import AdapterError, CheckpointError
 from lightning_peft.files.peft.settings import Settings
@@ -167,6 +168,11 @@ def _fixed(key: str, model: nn.Module, name: str) -> Entry:
     module = _modules(model)[owner]
 
     def value() -> Tensor:
+        for other in adapters_of(model).values():
+            if name in other.tensors():  # which may act, with what it has learnt in its place
+                kept = other.replaced("a file with the whole module").get(owner, {})
+                if leaf in kept:
+                    return kept[leaf].detach()
         return (module._parameters | module._buffers)[leaf].detach()  # type: ignore[union-attr]
 
     return constant(key, value, "the base, in which it was not trained")
