@@ -10,7 +10,6 @@ place, is combined entry by entry, counted from where it started.
 
 import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.merging.joining import is_joinable, joined, lora_for, write_factors
 from lightning_peft.method import Method, inject
 from lightning_peft.ops.combine import combined
+from lightning_peft.structure.targets import exactly
 
 How = Literal[
     "sum", "cat", "linear", "svd", "magnitude_prune", "magnitude_prune_svd", "ties", "ties_svd",
@@ -96,8 +96,7 @@ def combine(
     own = _in_place(recipe, in_place)
     methods = [*([lora_for(factors)] if factors else []), *_kept(recipe, in_place)]
     trained = [name for name in own if name in _trained(recipe, in_place)]
-    exactly = [f"re:{re.escape(name)}" for name in trained]
-    mix = inject(recipe.adapters[0].model, methods, name, train=exactly, head=False)
+    mix = inject(recipe.adapters[0].model, methods, name, train=exactly(trained), head=False)
     try:
         write_factors(mix, factors)
         added = {place.key(name): tensor for place, tensor in entries.items()}

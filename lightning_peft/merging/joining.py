@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from lightning_peft.deltas.weight_delta import WeightDelta
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.ops.combine import split, truncated
+from lightning_peft.structure.targets import exactly
 
 if TYPE_CHECKING:
     from lightning_peft.merging.combining import Recipe
@@ -106,19 +107,38 @@ def lora_for(factors: Joined) -> LoRA:
     """Return the LoRA that has these factors, with the scale 1."""
     ranks = {host: max(joint.r for joint in found.values()) for host, found in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {host: rank for host, rank in ranks.items() if rank != r}
-    hosts = None if list(ranks) == [""] else list(ranks)
+    others = {p: n for p, n in zip(exactly(ranks), ranks.values(), strict=True) if n != r}
+    hosts = None if list(ranks) == [""] else exactly(ranks)
     return LoRA(r=r, alpha=r, targets=hosts, rank_pattern=others, alpha_pattern=dict(others))
 
 
 def write_factors(adapter: Adapter, factors: Joined) -> None:
-    """Copy factors into the LoRA of an adapter; where its rank is higher the rest is zero."""
+    """Copy factors into the LoRA of an adapter; where its rank is higher the rest is zero.
+
+    Raises:
+        AdapterError: the LoRA is elsewhere than the factors, or its rank is too low for them.
+    """
     lora = next((method for method in adapter.methods if isinstance(method, LoRA)), None)
-    for host, delta in adapter.deltas_of(lora).items() if lora and factors else ():
-        for name, leaf in _leaves(delta):
+    deltas = adapter.deltas_of(lora) if lora and factors else {}
+    leaves = {host: dict(_leaves(delta)) for host, delta in deltas.items()}
+    _require_same_places(leaves, factors)
+    for host, found in leaves.items():
+        for name, leaf in found.items():
             joint, own = factors[host][name], cast(Product, leaf).factors()
             for target, new in zip(own, (joint.a, joint.b), strict=True):
                 target.copy_(_padded(new, target.shape))
+
+
+def _require_same_places(
+    leaves: Mapping[str, Mapping[str, Delta]], factors: Mapping[str, Mapping[str, Joint]]
+) -> None:
+    own, wanted = ({(h, n) for h, found in at.items() for n in found} for at in (leaves, factors))
+    if own != wanted:
+        host, name = min(own ^ wanted)
+        raise AdapterError(
+            f"The combination cannot be a LoRA of the same weights: `{name}` of `{host}` is in "
+            f"{'it' if (host, name) in own else 'the adapters'} alone."
+        )
 
 
 def _leaves(delta: Delta) -> list[tuple[str, Delta]]:
@@ -214,6 +234,10 @@ def _with_entries(how: str) -> str:
 
 def _padded(factor: Tensor, shape: Sequence[int]) -> Tensor:
     missing = [own - had for own, had in zip(shape, factor.shape, strict=True)]
+    if min(missing) < 0:
+        raise AdapterError(
+            f"A factor of shape {tuple(factor.shape)} does not fit into one of {tuple(shape)}."
+        )
     return F.pad(factor, [n for size in reversed(missing) for n in (0, size)])
 
 

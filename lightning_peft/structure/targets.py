@@ -101,6 +101,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
+def exactly(names: Iterable[str]) -> tuple[str, ...]:
+    """Return patterns that name these and, unlike the bare names, none that ends so."""
+    return tuple(f"re:{re.escape(name)}" for name in names)
+
+
 def all_linear(model: nn.Module) -> list[str]:
     """Return the names of all linear layers but the head's and the vocabulary's."""
     heads = tuple(name for name, _ in anatomy.head(model))

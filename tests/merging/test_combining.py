@@ -23,6 +23,7 @@ from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, PEFTError
 from lightning_peft.merging.combining import How, combine
+from lightning_peft.merging.joining import Joint, write_factors
 from lightning_peft.methods import (
     IA3,
     OFT,
@@ -306,3 +307,38 @@ def test_every_method_is_combined_or_refused(path: Path, kind: str, build: Build
             mix.remove()
         assert set(adapters_of(example.model)) == {"a", "b"}
         assert torch.equal(example.logits(), tuned)
+
+
+class Ends(nn.Module):
+    """A linear layer whose name is the end of another one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.block = nn.Linear(8, 8), nn.ModuleDict({"fc": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block["fc"](x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["sum", "svd"])
+@pytest.mark.parametrize(
+    ("targets", "ranks"), [("re:fc", {}), ("fc", {"re:fc": 2}), ("fc", {"re:fc": 6})]
+)
+def test_a_name_that_is_the_end_of_another(targets: str, ranks: Any, how: How) -> None:
+    model, x = Ends(), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    one = adapted(model, "one", LoRA(r=4, targets=targets, rank_pattern=ranks), 0)
+    expected = model(x)
+    mix = combine(model, {"one": 1.0}, how)
+    torch.testing.assert_close(model(x), expected)
+    hosts = {host: delta.lora_A.shape for host, _, delta in one.deltas}
+    assert {host: delta.lora_A.shape for host, _, delta in mix.deltas} == hosts
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    mix = inject(Ends(), LoRA(r=1, targets="re:fc"), "mix", head=False)
+    site, a, b = "weight", torch.ones(2, 8), torch.ones(8, 2)
+    with pytest.raises(AdapterError, match=r"shape \(2, 8\) does not fit into one of \(1, 8\)"):
+        write_factors(mix, {"fc": {site: Joint(a, b, 2)}})
+    with pytest.raises(AdapterError, match="`weight` of `block.fc` is in the adapters alone"):
+        write_factors(mix, {host: {site: Joint(a, b, 2)} for host in ("fc", "block.fc")})
