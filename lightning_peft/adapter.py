@@ -21,6 +21,7 @@ from lightning_peft.carrying.state import check_state
 from lightning_peft.delta import (
     SLOT,
     Delta,
+    NotMergeable,
     Slot,
     attach,
     detach,
@@ -64,7 +65,7 @@ class Adapter:
     ) -> None:
         self.model, self.name, self.methods = model, name, tuple(methods)
         present = adapters_of(model)
-        self._check_name(present)
+        self._check_place(present)
         self._found = {a: a.trainable for a in present.values() if a.active}
         self._hosts: list[tuple[str, str]] = []
         self._slots: list[tuple[Slot, str]] = []
@@ -213,6 +214,7 @@ class Adapter:
             AdapterError: an active one trains the same parameter in place.
         """
         self._require_present()
+        self.require_unmixed("activate()")
         self._enable()
         if not self.active:
             registry = registry_of(self.model)
@@ -230,7 +232,7 @@ class Adapter:
         Raises:
             AdapterError: the originals of what is trained in place were not kept.
         """
-        self._require_enabled("deactivate()")
+        self.require_switchable("deactivate()")
         if self.active:
             if self.in_place and not self._own.parked:
                 self._park()
@@ -251,6 +253,30 @@ class Adapter:
             self._own.unpark()
             tell_transformers(self.model)
         return self.requires_grad_()
+
+    def require_switchable(self, what: str) -> None:
+        """Refuse `what` where the adapter could not be let act, or not any more.
+
+        Raises:
+            AdapterError: this is within a `disabled()` or `mixed()`, or the originals of what it
+                trains in place were not kept.
+        """
+        self._require_enabled(what)
+        self.require_unmixed(what)
+        if self.active:
+            self._own.require_originals(what)
+
+    def require_unmixed(self, what: str) -> None:
+        """Refuse `what` where each row of a batch has adapters of its own at this time.
+
+        Raises:
+            AdapterError: this is within a `mixed()`.
+        """
+        if self.model.__dict__["_adapters"].entered is not None:
+            raise AdapterError(
+                f"`{what}` within `mixed()` would end the mixture: call it after that context; "
+                "rows without any adapter are `mixed(model, [None, ...])`."
+            )
 
     @property
     def is_disabled(self) -> bool:
@@ -278,6 +304,7 @@ class Adapter:
             AdapterError: the originals of what is trained in place were not kept.
         """
         self._require_present()
+        self.require_unmixed("disabled()")
         if not self.active or self._tuned is not None:
             yield self.model
             return
@@ -296,6 +323,7 @@ class Adapter:
             AdapterError: the originals of what is trained in place were not kept.
         """
         self._require_enabled("remove()")
+        self.require_unmixed("remove()")
         self._own.require_originals("remove()")
         self._own.exchange(self._own.originals or {})
         return self._take_out()
@@ -307,6 +335,7 @@ class Adapter:
             hand_back: whether those that acted before it act again.
         """
         self._require_enabled("forget()")
+        self.require_unmixed("forget()")
         self._found = self._found if hand_back else {}
         return self._take_out()
 
@@ -335,6 +364,12 @@ class Adapter:
             NotMergeable: a delta cannot be folded in; nothing is changed.
         """
         self._require_enabled("merge()")
+        self.require_unmixed("merge()")
+        if not self.active:
+            raise NotMergeable(
+                f"`{self.name}` does not act, so that its change would come on top of what does: "
+                "`switch` to it first."
+            )
         parked = [(name, modules_of(self.model)[name], d) for name, d in self._own.deltas().items()]
         return fold_all(self.model, self.deltas, parked, opened)
 
@@ -393,7 +428,10 @@ class Adapter:
         """Return the keys that the adapter adds to the model's state dict."""
         return {key for key in self.tensors() if SLOT in key.split(".")} | self._own.keys()
 
-    def _check_name(self, present: Mapping[str, "Adapter"]) -> None:
+    def _check_place(self, present: Mapping[str, "Adapter"]) -> None:
+        for other in present.values():  # an exit from either context would undo half of this
+            other._require_enabled("inject()")
+            other.require_unmixed("inject()")
         if self.name in present:
             raise AdapterError(
                 f"The model already carries {present[self.name]!r}: call its `remove()` first, or "
@@ -430,7 +468,9 @@ class Adapter:
             del self.model.__dict__["_adapters"]
         else:
             registry.hold_norms()
-        for other, trainable in self._found.items() if was_active else ():
+        # What acts by now was chosen since: then nothing is handed back.
+        alone = was_active and not any(a.active for a in adapters_of(self.model).values())
+        for other, trainable in self._found.items() if alone else ():
             if adapters_of(other.model).get(other.name) is other:
                 other.activate().requires_grad_(trainable)
         tell_transformers(self.model)

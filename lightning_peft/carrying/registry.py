@@ -1,7 +1,7 @@
 """What a model keeps as long as it carries adapters."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
@@ -25,8 +25,12 @@ class Forgetful(dict[Any, Any]):
 class Registry(dict[str, "Adapter"]):
     """The adapters of one model by name, and what the model was before the first of them."""
 
+    made: ClassVar[int] = 0
+    """How many registries there have been, by which a list of them is known to be out of date."""
+
     rowless: Mapping[str, str] | None = None  # found when a batch is first mixed
     entered: Any = None  # the scene of the batch that is mixed at this time
+    inner: tuple[int, tuple["Registry", ...]] = (-1, ())  # those below, as of a count of registries
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,6 +40,7 @@ class Registry(dict[str, "Adapter"]):
         self.asking = [ask_for_gradient(module) for module in recomputing(model)]
         self.scenes = Forgetful()
         self.guard = model.register_load_state_dict_pre_hook(_refuse_partial)
+        Registry.made += 1
 
     def hold_norms(self) -> None:
         """Keep each normalisation in eval mode that no active adapter trains."""
@@ -60,6 +65,17 @@ class Registry(dict[str, "Adapter"]):
             release(module)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required.get(plain_name(name), False))
+
+
+def carried(model: nn.Module) -> Mapping[str, "Adapter"]:
+    """Return what `adapters_of` does, without a walk through the model each time."""
+    registry = model.__dict__.get("_adapters")
+    if registry is None:
+        return adapters_of(model)
+    if registry.inner[0] != Registry.made:
+        below = (m.__dict__.get("_adapters") for m in model.modules() if m is not model)
+        registry.inner = Registry.made, tuple(each for each in below if each is not None)
+    return {name: a for each in (registry, *registry.inner[1]) for name, a in each.items()}
 
 
 def refuse_clash(adapters: Iterable["Adapter"]) -> None:

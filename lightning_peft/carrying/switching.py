@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.carrying.mixing import scene_of
-from lightning_peft.carrying.registry import adapters_of, refuse_clash, registry_of
+from lightning_peft.carrying.registry import adapters_of, carried, refuse_clash, registry_of
 from lightning_peft.errors import AdapterError, near_misses
 from lightning_peft.ops.rows import Plan
 
@@ -31,9 +31,12 @@ def switch(model: nn.Module, names: str | Sequence[str]) -> None:
             acts is then what acted before.
     """
     wanted = {names} if isinstance(names, str) else set(names)
-    present = _present(model)
+    present = carried(model)
     _refuse_unknown(wanted, present)
     refuse_clash([present[name] for name in wanted])
+    for name, adapter in present.items():
+        if adapter.is_disabled or adapter.active != (name in wanted):
+            adapter.require_switchable("switch()")
     for name, adapter in present.items():
         if name not in wanted:
             adapter.deactivate()
@@ -67,7 +70,7 @@ def mixed(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
     if not keys:
         raise AdapterError("`rows` must hold a name, or None, for each row, but is empty.")
     names = {name for key in keys for name in key}
-    _refuse_unknown(names, _present(model))
+    _refuse_unknown(names, carried(model))
     carrier = _carrier(model, names)
     present = registry_of(carrier)
     for key in dict.fromkeys(keys):
@@ -83,10 +86,6 @@ def _key(row: str | Sequence[str] | None) -> tuple[str, ...]:
     if row is None:
         return ()
     return (row,) if isinstance(row, str) else tuple(row)
-
-
-def _present(model: nn.Module) -> Mapping[str, "Adapter"]:
-    return registry_of(model) if "_adapters" in model.__dict__ else adapters_of(model)
 
 
 def _carrier(model: nn.Module, names: set[str]) -> nn.Module:

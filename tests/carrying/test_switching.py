@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft import Adapter, LoRA, PrefixTuning, inject, load_adapter, switch
+from lightning_peft import Adapter, LoRA, PrefixTuning, inject, load_adapter, mixed, switch
 from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.delta import NotMergeable
 from lightning_peft.errors import AdapterError
 from lightning_peft.methods import BitFit, FullFineTuning, LNTuning
 from tests.test_every_method import bits, structure
@@ -274,3 +275,85 @@ def held(model: Any) -> int:
         tensors += [tensor for own in aside.values() for tensor in own.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def test_nothing_is_injected_while_another_is_switched_off(build: Build, tmp_path: Path) -> None:
+    example = build("bert")
+    adapter = filled(example, "a", LoRA(r=2))[0]
+    folder, before = adapter.save(tmp_path / "a"), example.logits()
+    with adapter.disabled():
+        with pytest.raises(AdapterError, match=r"`inject\(\)` within `disabled\(\)`"):
+            inject(example.model, LoRA(r=2), "b")
+        with pytest.raises(AdapterError, match=r"within `disabled\(\)`"):
+            load_adapter(example.model, folder, "c")
+    assert list(adapters_of(example.model)) == ["a"]
+    assert torch.equal(example.logits(), before)
+
+
+def test_one_that_does_not_act_is_not_merged_over_another(build: Build) -> None:
+    example = build("bert")
+    filled(example, "ab", LoRA(r=2))
+    before = example.logits()
+    with pytest.raises(NotMergeable, match="`a` does not act"):
+        adapters_of(example.model)["a"].merge()
+    assert torch.equal(example.logits(), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, adapter: switch(model, "b"),
+        lambda model, adapter: adapter.deactivate(),
+        lambda model, adapter: adapter.activate(),
+        lambda model, adapter: adapter.remove(),
+        lambda model, adapter: adapter.merge(),
+        lambda model, adapter: adapter.disabled().__enter__(),
+        lambda model, adapter: inject(model, LoRA(), "c"),
+    ],
+    ids=["switch", "deactivate", "activate", "remove", "merge", "disabled", "inject"],
+)
+def test_a_mixture_is_not_ended_unnoticed(change: Any, build: Build) -> None:
+    example = build("bert")
+    adapters = filled(example, "ab", LoRA(r=2))  # the second one acts
+    rows = ["a", "b", None]
+    with torch.no_grad(), mixed(example.model, rows):
+        before = example.logits()
+        with pytest.raises(AdapterError, match=r"within `mixed\(\)`"):
+            change(example.model, adapters[1])
+        assert torch.equal(example.logits(), before)
+
+
+def test_a_switch_that_cannot_be_finished_changes_nothing(build: Build) -> None:
+    example = build("bert")
+    adapters = filled(example, "ab", LoRA(r=2))
+    switch(example.model, "a")
+    with adapters[0].disabled():
+        off = example.logits()
+        with pytest.raises(AdapterError, match=r"`switch\(\)` within `disabled\(\)`"):
+            switch(example.model, "b")
+        assert torch.equal(example.logits(), off)
+    assert [adapter.active for adapter in adapters] == [True, False]
+
+
+def test_what_was_chosen_since_is_not_undone_by_a_removal(build: Build) -> None:
+    example = build("bert")
+    adapters = {}
+    for name in "abc":
+        adapters[name] = inject(example.model, LoRA(r=2, targets="query"), name, head=False)
+    switch(example.model, ["a", "c"])
+    adapters["c"].remove()
+    assert [adapters[name].active for name in "ab"] == [True, False]
+
+
+def test_a_switch_sees_adapters_of_inner_modules(build: Build) -> None:
+    example = build("bert")
+    base = example.logits()
+    inner = inject(example.model.bert, LoRA(r=2), "inner", head=False)
+    outer = inject(example.model, LoRA(r=2), "outer", head=False)
+    switch(example.model, "inner")
+    assert (inner.active, outer.active) == (True, False)
+    later = inject(example.model.bert, LoRA(r=3), "later", head=False)
+    switch(example.model, "outer")
+    assert (inner.active, outer.active, later.active) == (False, True, False)
+    switch(example.model, ())
+    assert torch.equal(example.logits(), base)
