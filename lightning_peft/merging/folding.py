@@ -3,15 +3,20 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from lightning_peft.carrying.in_place import Parked
-from lightning_peft.delta import Delta, NotMergeable, slot_of
+from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.delta import Delta, NotMergeable, plain_name, slot_of
 from lightning_peft.merging.scaling import fold
 
+if TYPE_CHECKING:
+    from lightning_peft.adapter import Adapter
+
 Hosted = tuple[str, nn.Module, Delta]
+Weight = tuple[nn.Module, str, Tensor, Tensor]
 Opened = Callable[[nn.Module], AbstractContextManager[Any]]
 """Makes a context within which a module's weights can be written."""
 
@@ -34,17 +39,31 @@ def fold_all(
         NotMergeable: a delta cannot be folded in; nothing is changed.
     """
     before = [(t, t.data) for _, host, _ in (*deltas, *parked) for t in _tensors_of(host)]
+    weights = [
+        (host, name, tensor, tensor.data)
+        for _, host, _ in (*deltas, *parked)
+        for name, tensor in host._parameters.items()
+        if tensor is not None
+    ]
     try:
         _refuse_shared(model, deltas)
         _refuse_mixed(deltas)
         for _, host, delta in (*parked, *deltas):
             with opened(host):
                 fold(delta, host)
+        _refuse_owned(_others(model, (*parked, *deltas)), _rewritten(weights))
     except Exception:
         for tensor, data in before:
             tensor.data = data
         raise
+    forget_base(model)
     return before
+
+
+def forget_base(model: nn.Module) -> None:
+    """Let each adapter look at its base anew, which has got other weights."""
+    for adapter in adapters_of(model).values():
+        adapter.__dict__.pop("base_fingerprint", None)
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
@@ -72,6 +91,33 @@ def _refuse_mixed(deltas: Sequence[Hosted]) -> None:
             )
 
 
+def _others(model: nn.Module, folded: Sequence[Hosted]) -> list["Adapter"]:
+    """Return the adapters that act, or will again after `disabled()`, and are not folded."""
+    own = {id(delta) for _, _, delta in folded}
+    present = [a for a in adapters_of(model).values() if a.active or a.is_disabled]
+    return [a for a in present if not any(id(slot[key]) in own for slot, key in a.placed())]
+
+
+def _rewritten(weights: Sequence[Weight]) -> set[int]:
+    """Return the identities of the parameters that have other values than before."""
+    return {
+        id(tensor)
+        for host, name, tensor, data in weights
+        if host._parameters[name] is not tensor or tensor.data_ptr() != data.data_ptr()
+    }
+
+
+def _refuse_owned(others: Sequence["Adapter"], rewritten: set[int]) -> None:
+    # In the model's own tensors theirs would change; moved out, they would hide the change.
+    for other in others:
+        for name, tensor in other.model.named_parameters():
+            if plain_name(name) in other.in_place and id(tensor) in rewritten:
+                raise NotMergeable(
+                    f"`{plain_name(name)}` would be rewritten, but is trained in place by adapter "
+                    f"`{other.name}`, which acts too: deactivate that one first, or merge it."
+                )
+
+
 def _has_biases_alone(delta: Delta) -> bool:
-    """Whether it is a moved-out tensor that changes of weights do not meet."""
+    """Whether it is moved-out biases: its own are folded first, others' are looked at by name."""
     return isinstance(delta, Parked) and set(delta.state_dict()) <= {"bias"}

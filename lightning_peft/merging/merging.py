@@ -31,6 +31,7 @@ from lightning_peft.merging.certificate import (
     logits_of,
     precision,
 )
+from lightning_peft.merging.folding import forget_base
 from lightning_peft.merging.quantised import is_quantised, opened, way_back
 from lightning_peft.structure.probe import untouched
 
@@ -161,6 +162,7 @@ class _WayBack:
         """Put back what the hosts had in their weights."""
         for restore in self.restores:
             restore()
+        forget_base(self.model)
 
     def note_merged(self) -> None:
         """Remember what the merged model is, so that a change of it is seen."""

@@ -340,5 +340,5 @@ def test_factors_that_do_not_fit_are_refused() -> None:
     site, a, b = "weight", torch.ones(2, 8), torch.ones(8, 2)
     with pytest.raises(AdapterError, match=r"shape \(2, 8\) does not fit into one of \(1, 8\)"):
         write_factors(mix, {"fc": {site: Joint(a, b, 2)}})
-    with pytest.raises(AdapterError, match="`weight` of `block.fc` is in the adapters alone"):
+    with pytest.raises(AdapterError, match=r"`weight` of `block\.fc` is in the adapters alone"):
         write_factors(mix, {host: {site: Joint(a, b, 2)} for host in ("fc", "block.fc")})

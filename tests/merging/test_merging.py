@@ -10,19 +10,27 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_peft import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning, inject
+from lightning_peft import (
+    BottleneckAdapter,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    inject,
+    load_adapter,
+    switch,
+)
 from lightning_peft.adapter import Adapter
 from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT, NotMergeable
-from lightning_peft.errors import AdapterError
+from lightning_peft.errors import AdapterError, CheckpointError
 from lightning_peft.merging.certificate import QUANTISED, TOLERANCES, compare
 from lightning_peft.merging.merging import MergeRefused, measure, merge
 from lightning_peft.merging.quantised import opened
 from lightning_peft.method import Method
 from lightning_peft.methods import IA3, BitFit, DoRA, TrainableTokens
 from tests.catalogue import METHODS
-from tests.merging.test_combining import adapted
+from tests.merging.test_combining import adapted, shake
 
 Build = Callable[[str], Any]
 
@@ -361,3 +369,71 @@ def quantised(kind: str) -> Any:
     rows = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     rows.load_state_dict(plain.state_dict())
     return Wrapper(rows.to("cpu"))
+
+
+def biased(build: Build) -> Any:
+    example = build("bert")
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in example.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3, generator=generator)
+    return example
+
+
+@pytest.mark.parametrize("parked", [False, True], ids=["settled", "parked"])
+@pytest.mark.parametrize(
+    ("method", "other", "train", "name"),
+    [
+        (LoRA(targets="query"), LoRA(targets="key"), "re:.*query.weight", "query.weight"),
+        (IA3(), BitFit(), (), "bias"),
+    ],
+    ids=["lora", "ia3"],
+)
+def test_what_another_trains_in_place_is_not_rewritten(
+    method: Method, other: Method, train: str, name: str, parked: bool, build: Build
+) -> None:
+    example = biased(build)
+    for each in ("b", "a") if parked else ("a", "b"):
+        chosen = (method, ()) if each == "a" else (other, train)
+        shake(inject(example.model, chosen[0], each, head=False, train=chosen[1]), ord(each))
+    switch(example.model, ["a", "b"])
+    a, b = (adapters_of(example.model)[each] for each in "ab")
+    before, tuned = bits(example.model), example.logits()
+    for refused in (a.merge, lambda: merge(a, example.inputs)):
+        with pytest.raises(NotMergeable, match=rf"{name}` would be.* `b`|by Parked"):
+            refused()  # type: ignore[no-untyped-call]
+    assert same(bits(example.model), before)
+    assert torch.equal(example.logits(), tuned)
+    with b.disabled(), pytest.raises(NotMergeable, match="would be rewritten"):
+        a.merge()
+    b.merge()
+    a.merge()
+    torch.testing.assert_close(example.logits(), tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_another_stay_where_a_change_leaves_them_alone(build: Build) -> None:
+    example = biased(build)
+    a = adapted(example.model, "a", LoRA(), 0)
+    b = adapted(example.model, "b", BitFit(), 1)
+    switch(example.model, ["a", "b"])
+    tuned = example.logits()
+    merge(a, example.inputs)
+    torch.testing.assert_close(example.logits(), tuned, rtol=1e-4, atol=1e-5)
+    assert b.active
+
+
+def test_the_others_base_is_the_merged_one(build: Build, tmp_path: Path) -> None:
+    example = build("bert")
+    a = adapted(example.model, "a", LoRA(), 0)
+    b = adapted(example.model, "b", LoRA(), 1)
+    switch(example.model, ["a", "b"])
+    before = b.base_fingerprint
+    merged = merge(a, example.inputs)
+    after = b.base_fingerprint
+    assert after != before
+    b.save(tmp_path / "b")
+    with pytest.raises(CheckpointError, match="another base"):
+        load_adapter(build("bert").model, tmp_path / "b")
+    merged.unmerge()
+    assert b.base_fingerprint == before
