@@ -72,11 +72,9 @@ class Adapter:
         self._own = InPlace(model, name, in_place)
         registry = registry_of(model)
         try:
-            for other in self._found:
-                other.deactivate()
-            model.requires_grad_(False)
             for other in present.values():
-                other.trainable = False
+                other._step_back()
+            model.requires_grad_(False)
             for host, key, delta in deltas:
                 self._slots.append((attach(model.get_submodule(host), key, delta), key))
                 self._hosts.append((plain_name(host), key))
@@ -239,6 +237,10 @@ class Adapter:
             self._let_act(False)
             registry_of(self.model).hold_norms()
         return self
+
+    def _step_back(self) -> None:
+        self.deactivate()
+        self.trainable = False
 
     def settle(self) -> "Adapter":
         """Let it act and be trained, with what it has in place in the model's own tensors.

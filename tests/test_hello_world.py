@@ -18,7 +18,7 @@ from lightning_peft.training.hooks import LateHooks, PEFTHooks, adopt_late
 from lightning_peft.training.injection import Injection
 
 PACKAGE = str(Path(lightning_peft.__file__).parent)
-BUDGET = 178
+BUDGET = 185
 """Distinct lines of the package, ruff-formatted, from `inject` to the first output."""
 
 
