@@ -97,17 +97,18 @@ def _our_adapter(folder: Path, data: bytes) -> dict[str, Any]:
 
 def _their_adapter(folder: Path, data: bytes) -> dict[str, Any]:
     config = read_json(folder / THEIR_CONFIG)
-    spelling_of(Settings(config, str(folder / THEIR_CONFIG)))  # which refuses what is not known
+    settings = Settings(config, str(folder / THEIR_CONFIG))
+    spelling_of(settings)  # which refuses what is not known
     given = {k: v for k, v in sorted(config.items()) if v not in (None, False, {}, [], "")}
     return {
         "kind": "adapter of peft",
         "name": "default",
         "methods": [{"_target_": f"peft {config['peft_type']}", **given}],
         "base": {
-            "class": (config.get("auto_mapping") or {}).get("base_model_class", ""),
-            "name_or_path": config.get("base_model_name_or_path") or "",
+            "class": (settings.any_of("auto_mapping", dict) or {}).get("base_model_class", ""),
+            "name_or_path": settings.any_of("base_model_name_or_path", str) or "",
         },
-        "in_place": config.get("modules_to_save") or [],
+        "in_place": settings.any_of("modules_to_save", list) or [],
         **_tensors(parse(data, folder / TENSORS), len(data)),
         "checksum": "none: peft writes no checksum",
         "fingerprint": None,

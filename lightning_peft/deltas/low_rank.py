@@ -161,8 +161,8 @@ def fresh_factors(site: Site, like: Tensor, r: int) -> tuple[nn.Parameter, nn.Pa
     return a, b
 
 
-def check_rank(r: int, dropout: float = 0.0) -> None:
-    """Refuse a rank or a dropout that is out of its range.
+def check_rank(r: int, dropout: float = 0.0, alpha: float = 1.0) -> None:
+    """Refuse a rank, a dropout or a strength that is out of its range.
 
     Raises:
         ConfigError: it is.
@@ -171,3 +171,15 @@ def check_rank(r: int, dropout: float = 0.0) -> None:
         raise ConfigError(f"`r` must be at least 1, but is {r} instead.")
     if not 0 <= dropout < 1:
         raise ConfigError(f"`dropout` must lie in [0, 1), but is {dropout} instead.")
+    check_finite(alpha=alpha)
+
+
+def check_finite(**settings: float) -> None:
+    """Refuse a strength that is NaN or infinite.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for name, value in settings.items():
+        if not abs(value) < math.inf:
+            raise ConfigError(f"`{name}` must be finite, but is {value} instead.")

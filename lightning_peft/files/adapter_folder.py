@@ -35,15 +35,14 @@ from lightning_peft.files.hub import located
 from lightning_peft.files.peft import exchange
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Inexpressible
+from lightning_peft.files.sidecar import check_sidecar
 from lightning_peft.fingerprint import check_fingerprint, fingerprint_for
 from lightning_peft.method import Method, inject
 
 CONFIG, THEIR_CONFIG = folder_io.CONFIG, folder_io.THEIR_CONFIG
 FORMAT = 2
-READABLE = (1, 2)
-"""Formats of the sidecar that can be read; in the first the keys were always ours."""
 
-_NEEDED = ("name", "methods", "in_place", "fingerprint", "sha256")
+_RAW = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error)
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
@@ -139,7 +138,8 @@ def _load_own(
     if not ignore_fingerprint:
         present = fingerprint_for(model, set(config.get("replaced", state)))
         check_fingerprint(config["fingerprint"], present, f"`{folder}`")
-    adapter = inject(model, methods, new, train=_exactly(config["in_place"]), head=False)
+    with _translated(folder / CONFIG):
+        adapter = inject(model, methods, new, train=_exactly(config["in_place"]), head=False)
     with _removed_on_error(adapter, folder):
         if config.get("keys") == "peft":
             state = exchange.spell(adapter, check=False).respelled(state)
@@ -151,9 +151,10 @@ def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) 
     values = read_json(folder / THEIR_CONFIG)
     tensors = parse(data, folder / TENSORS)
     settings = Settings(values, str(folder / THEIR_CONFIG))
-    described = exchange.describe(settings, list(tensors), model)
-    exactly = _exactly(described.in_place)
-    adapter = inject(model, described.methods, name or "default", train=exactly, head=False)
+    with _translated(folder / THEIR_CONFIG):
+        described = exchange.describe(settings, list(tensors), model)
+        exactly = _exactly(described.in_place)
+        adapter = inject(model, described.methods, name or "default", train=exactly, head=False)
     with _removed_on_error(adapter, folder, str(values.get("base_model_name_or_path") or "")):
         adapter.load_state_dict(exchange.read(described, adapter, tensors))
         exchange.require_same(described, adapter)
@@ -224,13 +225,7 @@ def checked(folder: Path, data: bytes) -> dict[str, Any]:
         CheckpointError: it cannot be read, or the files are not those that were saved.
     """
     config = read_json(folder / CONFIG)
-    if config.get("format") not in READABLE:
-        raise CheckpointError(
-            f"`{folder / CONFIG}` must have `format` {' or '.join(map(str, READABLE))}: update the "
-            "package."
-        )
-    if lacking := [key for key in _NEEDED if key not in config]:
-        raise CheckpointError(f"`{folder / CONFIG}` lacks `{lacking[0]}`: save the adapter again.")
+    check_sidecar(config, folder / CONFIG)
     if _sha256(data) != config["sha256"]:
         raise CheckpointError(
             f"`{folder / TENSORS}` is damaged: its SHA-256 is not the one in `{CONFIG}`."
@@ -259,6 +254,19 @@ def _exactly(names: Sequence[str]) -> list[str]:
 
 def _renamed(key: str, old: str, new: str) -> str:
     return key.replace(f"{SLOT}.{old}_", f"{SLOT}.{new}_")
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn what settings of a wrong kind bring about into one sentence."""
+    try:
+        yield
+    except PEFTError:
+        raise
+    except _RAW as error:
+        raise CheckpointError(
+            f"A setting in `{path}` cannot be honoured: {type(error).__name__}: {error}."
+        ) from error
 
 
 @contextmanager

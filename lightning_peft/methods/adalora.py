@@ -74,7 +74,7 @@ class AdaLoRA(Method):
     """Indices of the layers to adapt (negative ones count from the top); None adapts all."""
 
     def __post_init__(self) -> None:
-        check_rank(self.r, self.dropout)
+        check_rank(self.r, self.dropout, self.alpha)
         if self.init_r < self.r:
             raise ConfigError(f"`init_r` must be at least {self.r}, but is {self.init_r} instead.")
         if min(self.warmup, self.final) < 0 or self.warmup + self.final > 1:

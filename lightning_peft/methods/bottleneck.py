@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.low_rank import check_finite
 from lightning_peft.deltas.passing import first_input, new_key, show, shown
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.method import Method
@@ -105,6 +106,8 @@ class BottleneckAdapter(Method):
             raise ConfigError(
                 f'`scaling` must be a number or "learned", but is {self.scaling!r} instead.'
             )
+        if not isinstance(self.scaling, str):
+            check_finite(scaling=self.scaling)
         check_gating(self.gating)
         if self.leave_out < 0:
             raise ConfigError(f"`leave_out` must not be negative, but is {self.leave_out} instead.")

@@ -50,7 +50,7 @@ class DoRA(Method):
     """Indices of the layers to adapt (negative ones count from the top); None adapts all."""
 
     def __post_init__(self) -> None:
-        check_rank(self.r, self.dropout)
+        check_rank(self.r, self.dropout, self.alpha)
 
     def deltas(self, model: nn.Module) -> dict[str, Delta]:
         """Return a decomposed low-rank delta for each target."""

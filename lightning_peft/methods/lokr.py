@@ -17,7 +17,7 @@ from torch import Tensor, kron, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.hosts import find_hosts
-from lightning_peft.deltas.low_rank import Site
+from lightning_peft.deltas.low_rank import Site, check_finite
 from lightning_peft.deltas.sites import Kernel
 from lightning_peft.deltas.weight_delta import WeightDelta, trained, weight_deltas
 from lightning_peft.errors import ConfigError
@@ -55,6 +55,7 @@ class LoKr(Method):
     """Indices of the layers to adapt (negative ones count from the top); None adapts all."""
 
     def __post_init__(self) -> None:
+        check_finite(alpha=self.alpha)
         if self.r < 1:
             raise ConfigError(f"`r` must be at least 1, but is {self.r} instead.")
         if self.factor is not None and self.factor < 1:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import SLOT, Delta
 from lightning_peft.deltas.hosts import check_patterns, deltas_for, find_hosts, first_match
-from lightning_peft.deltas.low_rank import LowRank, Product, Site, check_rank
+from lightning_peft.deltas.low_rank import LowRank, Product, Site, check_finite, check_rank
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns, Targets
@@ -59,7 +59,9 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
-            check_rank(r, self.dropout)
+            check_rank(r, self.dropout, self.alpha)
+        for alpha in self.alpha_pattern.values():
+            check_finite(alpha_pattern=alpha)
         if self.bias not in ("none", "lora", "all"):
             raise ConfigError(f"`bias` must be none, lora or all, but is {self.bias!r} instead.")
 

@@ -49,7 +49,7 @@ class LoRAPlus(Method):
     """Indices of the layers to adapt (negative ones count from the top); None adapts all."""
 
     def __post_init__(self) -> None:
-        check_rank(self.r, self.dropout)
+        check_rank(self.r, self.dropout, self.alpha)
         if not 0 < self.ratio < float("inf"):
             raise ConfigError(f"`ratio` must be positive, but is {self.ratio} instead.")
 

@@ -57,7 +57,7 @@ class PiSSA(Method):
     """Iterations of the fast decomposition; 0 takes the exact one, slow for wide models."""
 
     def __post_init__(self) -> None:
-        check_rank(self.r, self.dropout)
+        check_rank(self.r, self.dropout, self.alpha)
         if self.niter < 0:
             raise ConfigError(f"`niter` must be 0 or more, but is {self.niter} instead.")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.hosts import find_hosts
-from lightning_peft.deltas.low_rank import Site
+from lightning_peft.deltas.low_rank import Site, check_finite
 from lightning_peft.deltas.weight_delta import DerivedDelta, shared, trained, weight_deltas
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
@@ -48,6 +48,7 @@ class SHiRA(Method):
     """Indices of the layers to adapt (negative ones count from the top); None adapts all."""
 
     def __post_init__(self) -> None:
+        check_finite(scale=self.scale)
         if self.r < 1:
             raise ConfigError(f"`r` must be at least 1, but is {self.r} instead.")
         if not self.scale:

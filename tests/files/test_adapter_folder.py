@@ -17,6 +17,7 @@ from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, CheckpointError, PEFTError
 from lightning_peft.files.adapter_folder import CONFIG, TENSORS, THEIR_CONFIG
+from lightning_peft.inspecting import inspect_path
 from lightning_peft.methods import BitFit
 
 Build = Callable[[str], Any]
@@ -227,7 +228,7 @@ def test_a_flipped_bit_is_noticed(build: Build, tmp_path: Path) -> None:
         ({"in_place": ["nothing"]}, "nothing"),
         ({"in_place": []}, "unexpected"),
         ({"in_place": ["classifier.bias"]}, "`base_model.model.classifier.weight` has other"),
-        ({"name": "a b"}, "`name` must be letters"),
+        ({"name": "a b"}, "must be letters"),
     ],
 )
 def test_a_config_that_was_tampered_with_is_refused(
@@ -240,6 +241,30 @@ def test_a_config_that_was_tampered_with_is_refused(
     with pytest.raises(PEFTError) as raised:
         load_adapter(model, tmp_path)
     assert message in str(raised.value)
+    assert_untouched(model, before)
+
+
+WRONG_KINDS: list[tuple[str, Any]] = [
+    *(("name", value) for value in (None, 3, "", "../x", "_-")),
+    *(("methods", value) for value in (None, [], {}, "LoRA", [3])),
+    *(("in_place", value) for value in (None, 3, [3], "classifier.weight")),
+    *(("fingerprint", value) for value in (None, {}, "x", {"sha256": 3, "tensors": 3})),
+    *(("replaced", value) for value in (None, 3, [[1]])),
+    *((key, [3]) for key in ("format", "sha256", "keys", "base", "parameters", "lightning_peft")),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_KINDS)
+def test_a_key_of_another_kind_is_named(key: str, value: Any, build: Build, tmp_path: Path) -> None:
+    inject(build("bert").model, LoRA(r=2)).save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {key: value}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = build("bert").model
+    before = bare(model)
+    with pytest.raises(CheckpointError, match=f"(?s){tmp_path}.*`{key}`|`{key}`.*{tmp_path}"):
+        load_adapter(model, tmp_path)
+    with pytest.raises(CheckpointError, match=f"`{key}`"):
+        inspect_path(tmp_path)
     assert_untouched(model, before)
 
 

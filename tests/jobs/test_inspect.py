@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft import LoRA, PrefixTuning, inject
+from lightning_peft.errors import CheckpointError
 from lightning_peft.files.merged_folder import write_merged
 from lightning_peft.inspecting import inspect_path
 from lightning_peft.merging.merging import merge
@@ -148,3 +149,12 @@ def test_a_method_of_ours_alone(tiny_model: Path, tmp_path: Path) -> None:
     found = inspect_path(adapter.save(tmp_path / "both"))
     assert found["kind"] == "adapter of lightning-peft"
     assert "bert.encoder.layer.*.attention.self" in found["targets"]
+
+
+@pytest.mark.parametrize("key", ["auto_mapping", "base_model_name_or_path", "modules_to_save"])
+def test_a_setting_of_another_kind_is_named(key: str, tiny_model: Path, tmp_path: Path) -> None:
+    inject(model_of(tiny_model), LoRA(r=2)).export(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 3}))
+    with pytest.raises(CheckpointError, match=f"`{key}` in .*adapter_config.json"):
+        inspect_path(tmp_path)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LoRA, Targets, inject
+from lightning_peft import LoRA, Targets, inject, methods
 from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import SLOT, NotMergeable, slot_of
 from lightning_peft.errors import ConfigError, TargetError
@@ -384,3 +384,23 @@ def test_traces_and_exports() -> None:
     torch.testing.assert_close(traced(x), layer(x))
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *((m, "alpha") for m in ("LoRA", "DoRA", "PiSSA", "OLoRA", "LoRAPlus", "AdaLoRA", "EVA")),
+        *((m, "alpha") for m in ("LoHa", "LoKr")),
+        *((m, "scale") for m in ("FourierFT", "SHiRA")),
+        ("BottleneckAdapter", "scaling"),
+    ],
+)
+def test_a_strength_must_be_finite(method: str, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` must be finite"):
+        getattr(methods, method)(**{name: value})
+
+
+def test_strengths_by_pattern_must_be_finite() -> None:
+    with pytest.raises(ConfigError, match="`alpha_pattern` must be finite"):
+        LoRA(alpha_pattern={"query": float("nan")})

@@ -126,7 +126,11 @@ def common_settings(settings: Settings, model: nn.Module, hosts: Collection[str]
         CheckpointError: a setting cannot be honoured.
     """
     settings.any_of("init_lora_weights", bool, str)
-    settings.ignore("fan_in_fan_out", "qalora_group_size", "ensure_weight_tying", "loftq_config")
+    settings.ignore("fan_in_fan_out", "qalora_group_size", "loftq_config")
+    if settings.take("ensure_weight_tying", False):
+        raise settings.refusal(
+            "ensure_weight_tying", "trains tied modules as one, which ours do not: it must be off"
+        )
     settings.ignore("eva_config", "corda_config", "lora_ga_config")  # of the start alone
     return {
         "r": settings.take("r", 8),

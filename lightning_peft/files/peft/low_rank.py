@@ -9,6 +9,7 @@ adapts input and output together, as `<host>.lora_A.weight` and
 and when it merges, so B is written half as large and read twice as large.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +213,8 @@ def pattern_settings(
     Raises:
         CheckpointError: parameters of one host are changed with different strengths.
     """
-    given = {name: _numbers(settings, name) for name in ("rank_pattern", "alpha_pattern")}
+    kinds: dict[str, type] = {"rank_pattern": int, "alpha_pattern": float}
+    given = {name: _numbers(settings, name, kind) for name, kind in kinds.items()}
     for rank in (r, *given["rank_pattern"].values()):
         check_rank(rank)
     ranks, alphas = {}, {}
@@ -232,10 +234,13 @@ def pattern_settings(
     return {"rank_pattern": _as_ours(ranks, r), "alpha_pattern": _as_ours(alphas, alpha)}
 
 
-def _numbers(settings: Settings, name: str) -> dict[str, Any]:
+def _numbers(settings: Settings, name: str, kind: type) -> dict[str, Any]:
     found = settings.any_of(name, dict) or {}
-    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in found.values()):
-        raise settings.refusal(name, "must give numbers by pattern")
+    if any(isinstance(n, bool) or not isinstance(n, (int, kind)) for n in found.values()):
+        whole = " whole" if kind is int else ""
+        raise settings.refusal(name, f"must give{whole} numbers by pattern")
+    if not all(abs(n) < math.inf for n in found.values()):
+        raise settings.refusal(name, "must give finite numbers")
     return found
 
 

@@ -5,6 +5,7 @@ versions of peft write many features that are not used), or where it is known no
 is refused by name, since it may change what the adapter computes.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
@@ -43,7 +44,7 @@ class Settings:
         """Return a value of the default's kind; where there is none, the default.
 
         Raises:
-            CheckpointError: it is of another kind.
+            CheckpointError: it is of another kind, or not finite.
         """
         self._known.add(name)
         value = self.values.get(name)
@@ -52,6 +53,8 @@ class Settings:
         kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise self.refusal(name, f"must be of type {type(default).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.refusal(name, "must be finite")
         return cast(_Value, value)
 
     def any_of(self, name: str, *kinds: type) -> Any:
