@@ -9,14 +9,13 @@ the weights are put back, bitwise. What was merged can be taken out again, bitwi
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.carrying.registry import adapters_of, modules_of
+from lightning_peft.carrying.registry import Forgetful, adapters_of, modules_of
 from lightning_peft.config import to_spec
 from lightning_peft.delta import SLOT, Delta, NotMergeable, slot_of
 from lightning_peft.errors import AdapterError
@@ -73,17 +72,17 @@ class Merged:
         Raises:
             AdapterError: the model was changed since, or unmerged already.
         """
-        if _MERGED.pop(id(self._adapter), None) is not self:
+        kept = _kept_by(self._adapter)
+        if kept.get("merged") is not self:
             raise AdapterError(f"Adapter `{self.certificate.adapter}` is not merged any more.")
-        try:
-            return self._back.go()
-        except AdapterError:
-            _MERGED[id(self._adapter)] = self
-            raise
+        adapter = self._back.go()
+        kept.clear()
+        return adapter
 
 
-_MERGED: WeakValueDictionary[int, Merged] = WeakValueDictionary()
-"""What was merged and not taken out again, by the identity of the adapter."""
+def _kept_by(adapter: Adapter) -> Forgetful:
+    """Return where an adapter keeps what became of it, as long as it is merged; a copy has none."""
+    return cast(Forgetful, adapter.__dict__.setdefault("_merging", Forgetful()))
 
 
 def merge(adapter: Adapter, inputs: Inputs | None = None, *, tokenizer: Any = None) -> Merged:
@@ -106,8 +105,8 @@ def merge(adapter: Adapter, inputs: Inputs | None = None, *, tokenizer: Any = No
         MergeRefused: the outputs would change by more than the tolerance; nothing is changed.
         AdapterError: the adapter is inactive, or the model needs `inputs`.
     """
-    if id(adapter) in _MERGED:
-        return _MERGED[id(adapter)]
+    if earlier := _kept_by(adapter).get("merged"):
+        return cast(Merged, earlier)
     _refuse_inactive(adapter)
     batches = batches_of(adapter.model, inputs, tokenizer)
     back = _WayBack(adapter)
@@ -117,7 +116,7 @@ def merge(adapter: Adapter, inputs: Inputs | None = None, *, tokenizer: Any = No
         raise MergeRefused(_too_far(certificate), certificate)
     adapter.forget(hand_back=False)
     back.note_merged()
-    _MERGED[id(adapter)] = merged = Merged(adapter, certificate, back)
+    _kept_by(adapter)["merged"] = merged = Merged(adapter, certificate, back)
     return merged
 
 
@@ -142,6 +141,31 @@ def measure(
     return _folded(twin, [cast_to(batch, dtype) for batch in batches], _WayBack(twin))
 
 
+class Weight(NamedTuple):
+    """A weight as it was at one time."""
+
+    name: str
+    parameter: Tensor
+    place: int
+    sums: Tensor | None
+    """Of the bits of its values, row by row; None where it is quantised."""
+
+    @classmethod
+    def of(cls, name: str, parameter: Tensor, values: Tensor) -> "Weight":
+        """Return what a parameter is now, which has these values."""
+        if is_quantised(parameter):
+            return cls(name, parameter, id(parameter), None)
+        whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+        bits = values.detach().view(whole[values.element_size()])
+        return cls(name, parameter, values.data_ptr(), bits.sum(-1) if bits.dim() else bits)
+
+    def equals(self, other: "Weight") -> bool:
+        """Whether it is still the same parameter with the same values in the same place."""
+        if self.parameter is not other.parameter or self.place != other.place:
+            return False
+        return self.sums is None or other.sums is None or torch.equal(self.sums, other.sums)
+
+
 class _WayBack:
     """What a model and an adapter were before they were merged."""
 
@@ -155,7 +179,7 @@ class _WayBack:
         self.deltas = [(n, f"{adapter.name}_{kinds[id(d)]}", d) for n, _, d in adapter.deltas]
         self.state = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
         self.trainable, self.bases = adapter.trainable, self._bases()
-        self.merged: list[tuple[Tensor, int]] = []
+        self.merged: list[Weight] = []
         self.around: dict[str, bool] = {}
 
     def restore_weights(self) -> None:
@@ -172,6 +196,8 @@ class _WayBack:
     def go(self) -> Adapter:
         """Put everything back."""
         self._refuse_changed()
+        for rival in self._rivals():
+            rival.deactivate()
         self.restore_weights()
         for tensor, data in self.bases:
             tensor.data = data
@@ -183,20 +209,35 @@ class _WayBack:
                 adapters_of(self.model)[name].activate()
         return again.requires_grad_(self.trainable)
 
-    def _present(self) -> list[tuple[Tensor, int]]:
-        weights = [p for h in self.hosts.values() for p in h._parameters.values() if p is not None]
-        return [(p, id(p) if is_quantised(p) else p.data_ptr()) for p in weights]
+    def _present(self) -> list[Weight]:
+        """Return the hosts' weights, without what others have in place of the adapter's own."""
+        replaced = {
+            (owner, name): tensor
+            for rival in self._rivals()
+            for owner, tensors in rival.replaced("unmerge()").items()
+            for name, tensor in tensors.items()
+        }
+        return [
+            Weight.of(f"{at}.{name}".lstrip("."), p, replaced.get((at, name), p))
+            for at, host in self.hosts.items()
+            for name, p in host._parameters.items()
+            if p is not None
+        ]
+
+    def _rivals(self) -> list[Adapter]:
+        """Return the active adapters that train the same in place, which were not when it was."""
+        own, others = set(self.adapter.in_place), adapters_of(self.model).values()
+        return [a for a in others if a.active and a.model is self.model and own & {*a.in_place}]
 
     def _refuse_changed(self) -> None:
         present, others = self._present(), adapters_of(self.model)
-        same = len(present) == len(self.merged) and all(
-            one is other and here == there
-            for (one, here), (other, there) in zip(present, self.merged, strict=True)
-        )
-        if not same or self.around.keys() != others.keys():
+        pairs = zip(present, self.merged, strict=False)
+        changed = [now.name for now, then in pairs if not now.equals(then)]
+        if len(present) != len(self.merged) or changed or self.around.keys() != others.keys():
+            named = f" (`{changed[0]}` and {len(changed) - 1} more)" if changed else ""
             raise AdapterError(
                 f"Adapter `{self.adapter.name}` cannot be taken out again: since it was merged, "
-                "the model has got other weights or other adapters; undo that first."
+                f"the model has got other weights or other adapters{named}; undo that first."
             )
 
     def _bases(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,6 +1,8 @@
 """Merging with a certificate: every method, every dtype, and every way back."""
 
 import contextlib
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -437,3 +439,63 @@ def test_the_others_base_is_the_merged_one(build: Build, tmp_path: Path) -> None
         load_adapter(build("bert").model, tmp_path / "b")
     merged.unmerge()
     assert b.base_fingerprint == before
+
+
+def _adds(weight: Tensor) -> None:
+    weight.data.add_(0.5)
+
+
+def _permutes(weight: Tensor) -> None:
+    weight.copy_(weight.flip(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_adds, _permutes])
+def test_later_changes_of_weights_are_not_discarded(change: Any, build: Build) -> None:
+    example = build("bert")
+    merged = merge(adapted(example.model, "a", LoRA(), 0), example.inputs)
+    weight = example.model.bert.encoder.layer[1].attention.self.query.weight
+    kept = weight.clone()
+    change(weight)
+    with pytest.raises(AdapterError, match=r"`bert\.encoder\.layer\.1.*query\.weight` and 0 more"):
+        merged.unmerge()
+    weight.copy_(kept)
+    merged.unmerge()
+
+
+def test_what_is_merged_stays_so_without_its_certificate(build: Build) -> None:
+    example = build("bert")
+    adapter = adapted(example.model, "a", LoRA(), 0, head=True)
+    before = bits(example.model)
+    merge(adapter, example.inputs)
+    gc.collect()
+    again = merge(adapter)
+    twin = copy.deepcopy(again)
+    with pytest.raises(AdapterError, match="not merged any more"):
+        twin.unmerge()  # its way back leads into the first model
+    again.unmerge()
+    assert same(bits(example.model), before)
+
+
+def test_adapters_with_heads_are_taken_out_in_the_reverse_order(build: Build) -> None:
+    example = build("bert")
+    base = bits(example.model)
+    a, alone = adapted(example.model, "a", LoRA(), 0, head=True), example.logits()
+    b = adapted(example.model, "b", LoRA(), 1, head=True)
+    switch(example.model, "a")
+    first = merge(a, example.inputs)
+    switch(example.model, "b")
+    on_merged = example.logits()
+    merge(b, example.inputs).unmerge()
+    assert torch.equal(example.logits(), on_merged)
+    with torch.no_grad():
+        example.model.classifier.weight.add_(1)  # of `b`, which is in place
+    own = adapters_of(example.model)["b"].state_dict()
+    own = {name: tensor.clone() for name, tensor in own.items()}
+    first.unmerge()
+    assert torch.equal(example.logits(), alone)
+    state = adapters_of(example.model)["b"].state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in state.items())
+    for name in "ab":
+        adapters_of(example.model)[name].remove()
+    assert same(bits(example.model), base)
