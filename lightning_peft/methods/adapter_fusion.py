@@ -7,6 +7,7 @@ n would add to it. Only Q, K and V are trained: the adapters stay what they are,
 text chooses among what they know.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.carrying.state import DEPENDS_ON
 from lightning_peft.delta import SLOT, Delta, slot_of
 from lightning_peft.deltas.low_rank import fresh
 from lightning_peft.errors import AdapterError, ConfigError, TargetError, near_misses
@@ -115,7 +117,8 @@ class Fusion(Delta):
     """Attention over what the adapters of one host would add.
 
     Shapes: `query`, `key` and `value` `(width, width)`; output `(..., width)`, of a convolution
-    `(batch, width, ...)`.
+    `(batch, width, ...)`. For each adapter a buffer of 32 bytes, `depends_on_<name>`, is the
+    SHA-256 of what it has at this host, so that a saved fusion meets no others.
     """
 
     def __init__(self, host: nn.Module, keys: Sequence[str], dropout: float) -> None:
@@ -126,6 +129,10 @@ class Fusion(Delta):
         self.query, self.key, self.value = (
             nn.Parameter(fresh(first.up, (width, width))) for _ in range(3)
         )
+        for key in self.keys:
+            digest = _digest(_carried(host, key))
+            buffer = torch.tensor(list(digest), dtype=torch.uint8, device=first.up.device)
+            self.register_buffer(f"{DEPENDS_ON}{key.rpartition('_')[0]}", buffer)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,6 +161,16 @@ class Fusion(Delta):
         asked = F.linear(F.linear(h, query), key.T)  # Kᵀ Q h: one product, whatever their number
         shares = F.dropout((asked.unsqueeze(-2) @ z).softmax(-1), self.dropout, self.training)
         return F.linear((z * shares).sum(-1), value)
+
+
+def _digest(delta: Delta) -> bytes:
+    found = hashlib.sha256()
+    for name, tensor in sorted(delta.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        if not tensor.is_meta:
+            values = tensor.to("cpu", torch.float32).flatten()
+            found.update(values.view(torch.uint8).numpy().tobytes())
+    return found.digest()
 
 
 def _carried(host: nn.Module, key: str) -> Delta:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft import PEFT, Adapter, BottleneckAdapter, LoRA, inject, load_adapter, switch
 from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.delta import slot_of
-from lightning_peft.errors import AdapterError, ConfigError, TargetError
+from lightning_peft.errors import AdapterError, CheckpointError, ConfigError, TargetError
 from lightning_peft.methods import AdapterFusion
 from lightning_peft.methods.adapter_fusion import Fusion
 from tests.lightning_modules import Module, loader, trainer
@@ -72,8 +72,12 @@ def test_it_learns_and_leaves_the_adapters_as_they_are(build: Build) -> None:
         example.train(adapter.parameters())
     after = example.model.state_dict()
     trained = {n for n, t in after.items() if n not in before or not torch.equal(t, before[n])}
-    assert trained == set(adapter.named_parameters())
-    assert not [n for n in trained if "two" in n or "one" in n or "three" in n]
+    added = {n for n in adapter.state_dict() if n not in before}
+    assert trained == set(adapter.named_parameters()) | added
+    assert {n.rpartition(".")[2] for n in added} == {
+        *("query", "key", "value", "depends_on_one", "depends_on_three")
+    }
+    assert not [n for n in trained if any(f".{each}_" in n for each in ("one", "two", "three"))]
 
 
 def test_it_is_saved_without_the_adapters_and_needs_them(build: Build, tmp_path: Path) -> None:
@@ -87,6 +91,29 @@ def test_it_is_saved_without_the_adapters_and_needs_them(build: Build, tmp_path:
     assert torch.equal(again.logits(), expected)
     switch(again.model, "two")
     assert not torch.equal(again.logits(), expected)
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        ({"one": 0, "two": 1, "three": 2, "four": 3}, "depends_on_four` is missing"),
+        ({"one": 0, "two": 1}, "depends_on_three` is unexpected"),
+        ({"one": 0, "two": 7, "three": 2}, "another adapter `two`"),
+    ],
+)
+def test_it_meets_no_other_adapters(
+    present: dict[str, int], message: str, build: Build, tmp_path: Path
+) -> None:
+    fill(inject(carrying(build).model, AdapterFusion(), "mix"), 4).save(tmp_path / "mix")
+    model = build("bert").model
+    for name, seed in present.items():
+        fill(inject(model, BottleneckAdapter(), name, head=False), seed)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(model, tmp_path / "mix")
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_a_fused_adapter_that_went_is_named(build: Build) -> None:
