@@ -1,7 +1,10 @@
 """The fingerprint of a frozen base: the same for the same base, another for another."""
 
 import copy
+import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +113,48 @@ def test_a_large_tensor_is_sampled_at_both_ends() -> None:
         model.it.zero_()[place] = 1.0
         seen.add(fingerprint(model)["sha256"])
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer_norm_eps", 1e-3), ("hidden_act", "relu"), ("is_decoder", True)]
+)
+def test_notices_a_setting(name: str, value: Any, build: Build) -> None:
+    model = build("bert").model
+    before = fingerprint(model)
+    old = getattr(model.config, name)
+    setattr(model.config, name, value)
+    message = re.escape(f"`{name}` in the model's configuration was {old!r} and is {value!r} here")
+    with pytest.raises(CheckpointError, match=f"frozen tensors are those.*{message}"):
+        check_fingerprint(before, fingerprint(model), "`a file`")
+
+
+def test_notices_a_setting_within_another(build: Build) -> None:
+    model = build("llama").model
+    before = fingerprint(model)
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5e5}
+    with pytest.raises(CheckpointError, match=r"`rope_parameters\.rope_theta`"):
+        check_fingerprint(before, fingerprint(model), "`a file`")
+
+
+def test_a_base_that_was_loaded_otherwise_is_the_same(build: Build, tmp_path: Path) -> None:
+    import transformers
+
+    build("bert").model.save_pretrained(tmp_path)
+    cls = transformers.BertForTokenClassification
+    load = functools.partial(cls.from_pretrained, tmp_path, ignore_mismatched_sizes=True)
+    head = {"classifier.weight", "classifier.bias"}
+    one = fingerprint(load(num_labels=2), head)
+    other = load(num_labels=3, dtype=torch.bfloat16)
+    other.config.update(
+        {"use_cache": False, "output_hidden_states": True, "hidden_dropout_prob": 0.3}
+    )
+    other.config.quantization_config = {"quant_method": "bitsandbytes"}
+    check_fingerprint(one, fingerprint(other, head), "`a file`")
+
+
+def test_a_file_without_settings_is_compared_by_its_tensors(build: Build) -> None:
+    model = build("bert").model
+    before = fingerprint(model)
+    del before["configuration"]
+    model.config.layer_norm_eps = 1e-3
+    check_fingerprint(before, fingerprint(model), "`an older file`")

@@ -50,7 +50,7 @@ def _methods(value: Any) -> bool:
 def _fingerprint(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("tensors")) is not int:
         return False
-    return all(map(_text, (value.get("sha256"), value.get("configuration", ""))))
+    return _text(value.get("sha256")) and isinstance(value.get("configuration", {}), dict)
 
 
 _Check = tuple[Callable[[Any], bool], str]
