@@ -34,7 +34,8 @@ class Injection:
     """Whether the fresh task head is trained in place."""
 
     beside: Mapping[str, str] = field(default_factory=dict)
-    """Folders of trained adapters to load first, by name: to be fused, or switched to later."""
+    """Folders of trained adapters to load first, by name: to be fused or switched to later; one of
+    the injection's own name is trained further."""
 
     within: str = ""
     """The attribute of the LightningModule to inject; empty for the LightningModule itself."""
@@ -46,16 +47,16 @@ class Injection:
             AdapterError: the base is wrapped or sharded, or carries another adapter of this name.
             TargetError: a pattern matches nothing.
         """
-        found = adapters_of(module).get(self.name)
-        if found is not None:
+        model = module.get_submodule(self.within)
+        for name, folder in self.beside.items():
+            if name not in adapters_of(module):
+                refuse_wrapped(model)
+                load_adapter(model, folder, name)
+        if found := adapters_of(module).get(self.name):
             self._require_equal(found)
             _require_frozen_around(found, module)
             return found
-        model = module.get_submodule(self.within)
         refuse_wrapped(model)
-        for name, folder in self.beside.items():
-            if name not in adapters_of(module):
-                load_adapter(model, folder, name)
         return inject(model, self.methods, self.name, train=self.train, head=self.head)
 
     def to_spec(self) -> dict[str, Any]:

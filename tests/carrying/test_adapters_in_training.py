@@ -9,7 +9,8 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_peft import PEFT, Adapter, LoRA, inject, load_adapter, switch
-from tests.lightning_modules import Module, loader, trainer
+from lightning_peft.errors import AdapterError
+from tests.lightning_modules import At, Module, loader, trainer
 
 
 def values(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -104,3 +105,19 @@ def test_folders_with_a_head_each_are_carried_together(tmp_path: Path) -> None:
         assert torch.equal(module(batch), outputs[name])
     switch(module, ())
     assert torch.equal(module(batch), outputs["base"])
+
+
+def test_a_fit_trains_a_saved_adapter_further(tmp_path: Path) -> None:
+    first: Any = Module()
+    trainer(tmp_path, PEFT(LoRA(r=2), "mine")).fit(first, loader(), loader())
+    folder = first.peft_adapter.save(tmp_path / "mine")
+    second: Any = Module()
+    start: list[Any] = []
+    look = At("on_train_start", lambda *_: start.append(values(second.peft_adapter)))
+    further = PEFT(LoRA(r=2), "mine", beside={"mine": str(folder)})
+    trainer(tmp_path, further, look).fit(second, loader(), loader())
+    assert same(start[0], values(first.peft_adapter))
+    assert not same(values(second.peft_adapter), start[0])
+    other = PEFT(LoRA(r=3), "mine", beside={"mine": str(folder)})
+    with pytest.raises(AdapterError, match="not what is asked for"):
+        trainer(tmp_path, other).fit(Module(), loader(), loader())
