@@ -231,6 +231,7 @@ def test_a_layer_of_any_kind_is_the_same_layer(method: str) -> None:
 def test_a_change_that_reads_the_weight_is_not_merged_beside_another(method: str) -> None:
     model, one = adapted(lambda: nn.Linear(8, 6), METHODS[method])
     two = inject(model, LoRA(targets="0"), "two", head=False)
+    one.activate()
     with pytest.raises(NotMergeable, match="do not simply add up"):
         one.merge()
     two.remove()
