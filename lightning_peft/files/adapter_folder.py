@@ -8,7 +8,7 @@ folder without it is taken for one that peft wrote.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from lightning_peft.files.peft.spelling import Inexpressible
 from lightning_peft.files.sidecar import check_sidecar
 from lightning_peft.fingerprint import check_fingerprint, fingerprint_for
 from lightning_peft.method import Method, inject
+from lightning_peft.structure.targets import exactly
 
 CONFIG, THEIR_CONFIG = folder_io.CONFIG, folder_io.THEIR_CONFIG
 FORMAT = 2
@@ -139,7 +140,7 @@ def _load_own(
         present = fingerprint_for(model, set(config.get("replaced", state)))
         check_fingerprint(config["fingerprint"], present, f"`{folder}`")
     with _translated(folder / CONFIG):
-        adapter = inject(model, methods, new, train=_exactly(config["in_place"]), head=False)
+        adapter = inject(model, methods, new, train=exactly(config["in_place"]), head=False)
     with _removed_on_error(adapter, folder):
         if config.get("keys") == "peft":
             state = exchange.spell(adapter, check=False).respelled(state)
@@ -153,8 +154,8 @@ def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) 
     settings = Settings(values, str(folder / THEIR_CONFIG))
     with _translated(folder / THEIR_CONFIG):
         described = exchange.describe(settings, list(tensors), model)
-        exactly = _exactly(described.in_place)
-        adapter = inject(model, described.methods, name or "default", train=exactly, head=False)
+        patterns = exactly(described.in_place)
+        adapter = inject(model, described.methods, name or "default", train=patterns, head=False)
     with _removed_on_error(adapter, folder, str(values.get("base_model_name_or_path") or "")):
         adapter.load_state_dict(exchange.read(described, adapter, tensors))
         exchange.require_same(described, adapter)
@@ -163,8 +164,8 @@ def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) 
 
 def _load_adapterhubs(model: nn.Module, folder: Path, name: str | None) -> Adapter:
     described = adapterhub.describe(folder, model)
-    exactly = _exactly(described.in_place)
-    adapter = inject(model, described.method, name or described.name, train=exactly, head=False)
+    patterns = exactly(described.in_place)
+    adapter = inject(model, described.method, name or described.name, train=patterns, head=False)
     with _removed_on_error(adapter, folder, described.base):
         adapter.load_state_dict(described.state(adapter))
     return adapter
@@ -203,12 +204,20 @@ def _describe(adapter: Adapter, data: bytes, theirs: bytes | None) -> dict[str, 
     } | ({} if theirs is None else {"adapter_config_sha256": _sha256(theirs)})
 
 
-def _base_name(model: nn.Module) -> dict[str, str]:
+def _base_name(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,
         "name_or_path": str(getattr(config, "name_or_path", "") or ""),
+        "labels": [str(name) for name in (getattr(config, "id2label", None) or {}).values()],
     }
+
+
+def labels_of(folder: str | Path) -> tuple[str, ...]:
+    """Return what the classes of a saved adapter's model were called; none where it is not said."""
+    sidecar = Path(folder) / CONFIG
+    base = read_json(sidecar).get("base", {}) if sidecar.is_file() else {}
+    return tuple(base.get("labels", ()))
 
 
 def _method(spec: Any, where: str) -> Method:
@@ -246,10 +255,6 @@ def _check_theirs(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _exactly(names: Sequence[str]) -> list[str]:
-    return [f"re:{re.escape(name)}" for name in names]
 
 
 def _renamed(key: str, old: str, new: str) -> str:

@@ -32,6 +32,7 @@ from lightning_peft.methods.bottleneck import Bottleneck, BottleneckAdapter
 from lightning_peft.structure import anatomy
 from lightning_peft.structure.anatomy import head_parameters
 from lightning_peft.structure.sublayers import SubLayer, sublayers
+from lightning_peft.structure.targets import exactly
 
 TENSORS, HEAD, HEAD_CONFIG = ADAPTERHUB
 CONFIG = THEIR_CONFIG
@@ -238,7 +239,7 @@ def _placement(model: nn.Module, hosts: set[str], parallel: bool) -> dict[str, A
             found = [s for s in sublayers(model) if placement == "houlsby" or not s.mixes]
             if {s.output[0] for s in found} == hosts:
                 return {"placement": placement}
-        return {"targets": tuple(f"re:{re.escape(host)}" for host in sorted(hosts))}
+        return {"targets": exactly(sorted(hosts))}
     if {s.exit[0] for s in sublayers(model) if not s.mixes} != hosts:
         raise CheckpointError("A parallel adapter must be at every feed-forward, but is not.")
     return {"placement": "parallel"}

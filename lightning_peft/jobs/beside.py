@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_peft.carrying.switching import switch
 from lightning_peft.errors import ConfigError
-from lightning_peft.files.adapter_folder import load_adapter
+from lightning_peft.files.adapter_folder import labels_of, load_adapter
 from lightning_peft.module import PEFTModule
 
 
@@ -26,6 +26,7 @@ class Beside(LightningModule):
         self.module, self.names = module, tuple(folders)
         switch(module.model, ())  # what the run trained in place is no part of the others' base
         for name, folder in folders.items():
+            _check_labels(module.model, name, folder)
             load_adapter(module.model, folder, name).deactivate()
         switch(module.model, module.adapter.name)
 
@@ -44,6 +45,16 @@ class Beside(LightningModule):
         read = self.module.task.readable
         own = {key: value for key, value in prediction.items() if key not in self.names}
         return {**read(given, own), **{n: dict(read(given, prediction[n])) for n in self.names}}
+
+
+def _check_labels(model: Any, name: str, folder: Path) -> None:
+    own = tuple(str(label) for label in (getattr(model.config, "id2label", None) or {}).values())
+    theirs = labels_of(folder)
+    if theirs and theirs != own:
+        raise ConfigError(
+            f"`job.adapters` must name adapters that tell {', '.join(own)}, as the run does, but "
+            f"`{name}` tells {', '.join(theirs)}: predict with its own run."
+        )
 
 
 def by_name(folders: Sequence[str], taken: str) -> dict[str, Path]:

@@ -33,3 +33,16 @@ def test_names_of_folders(tmp_path: Path) -> None:
     for taken in (["a/other", "b/other"], ["default"]):
         with pytest.raises(ConfigError, match="names of their own"):
             by_name(taken, "default")
+
+
+def test_an_adapter_of_other_labels_is_refused(small: list[str], files: Path, run: Run) -> None:
+    assert run(*small, "folder=one", "trainer.max_epochs=1").code == 0
+    shutil.copytree("one/adapter", "again")
+    sidecar = Path("again/lightning_peft.json")
+    text = sidecar.read_text(encoding="utf-8")
+    assert '"good"' in text
+    sidecar.write_text(text.replace('"good"', '"sports"'), encoding="utf-8")
+    done = run("job=predict", "run=one", f"data.path={files / 'new.csv'}", "job.adapters=[again]")
+    assert done.code == 1
+    assert "must name adapters that tell" in done.err
+    assert "sports" in done.err
