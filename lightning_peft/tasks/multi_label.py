@@ -18,6 +18,7 @@ from lightning_peft.baseline import Baseline, frozen_baselines
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.report import Example
 from lightning_peft.tasks.outputs import (
+    agreed,
     check_outputs,
     load_classifier,
     logits_of,
@@ -63,13 +64,7 @@ class MultiLabelClassification(Task):
         Raises:
             DataError: Both give labels, and they differ.
         """
-        found = tuple(data.labels)
-        if self.labels is not None and self.labels != found:
-            raise DataError(
-                f"`data.labels` must be those of the task in their order ({', '.join(self.labels)})"
-                f", but is {', '.join(found)} instead: set `data.labels=[{','.join(self.labels)}]`."
-            )
-        self.labels = found
+        self.labels = agreed(self.labels, data.labels, "labels")
         return self
 
     def load_model(self, source: "ModelSource") -> nn.Module:

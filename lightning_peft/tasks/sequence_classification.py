@@ -19,6 +19,7 @@ from lightning_peft.baseline import Baseline, frozen_baselines
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.report import Example
 from lightning_peft.tasks.outputs import (
+    agreed,
     check_outputs,
     load_classifier,
     logits_of,
@@ -83,13 +84,7 @@ class SequenceClassification(Task):
         Raises:
             DataError: Both give labels, and they differ.
         """
-        found = tuple(data.labels)
-        if self.labels is not None and self.labels != found:
-            raise DataError(
-                f"`data.labels` must be those of the task in their order ({', '.join(self.labels)})"
-                f", but is {', '.join(found)} instead: set `data.labels=[{','.join(self.labels)}]`."
-            )
-        self.labels = found
+        self.labels = found = agreed(self.labels, data.labels, "labels")
         if self.class_weights == "balanced":
             self.class_weights = _balanced(data.label_counts("train"))
         elif self.class_weights is not None and set(self.class_weights) != set(found):

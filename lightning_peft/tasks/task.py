@@ -21,9 +21,9 @@ class StepOutput(NamedTuple):
 
     loss: Tensor
     """Mean over the batch, a scalar."""
-    predictions: Tensor
-    """What the metrics compare, the batch first."""
-    targets: Tensor | None
+    predictions: Tensor | Sequence[Any]
+    """What the metrics compare, the batch first: a tensor, or for example texts or boxes."""
+    targets: Tensor | Sequence[Any] | None
     """What is right, in the same form."""
 
 
@@ -65,6 +65,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def step(self, model: nn.Module, batch: Any) -> StepOutput:
         """Compute the loss and the predictions of a batch with targets."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> StepOutput:
+        """Compute what validation and test compare; what `step` computes, by default."""
+        return self.step(model, batch)
 
     @abc.abstractmethod
     def predictions(self, model: nn.Module, batch: Any) -> list[dict[str, Any]]:

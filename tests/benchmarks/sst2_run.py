@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "sst2"
-EPOCHS, BATCH, WARMUP = 2, 32, 0.06
+BATCH, WARMUP = 32, 0.06
+POOL = 16 * BATCH
+"""Rows that are sorted by length at a time."""
 
 # peft's own settings, equal to the defaults of ours where both have them.
 _ALL: dict[str, Any] = {"target_modules": ["query", "key", "value", "dense"]}
@@ -49,12 +51,13 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     settings, file = json.loads(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)  # more would spend CPU time on waiting for each other
     torch.manual_seed(settings["seed"])
     model, save = contender(settings["who"], settings["method"])
     data = rows("train")[: settings["limit"]]
-    start = time.perf_counter()
-    train(model, data, settings["lr"], settings["seed"])
-    seconds = time.perf_counter() - start
+    start = time.process_time()  # of the CPU, so that other work on the machine does not count
+    train(model, data, settings["lr"], settings["seed"], settings["epochs"])
+    seconds = time.process_time() - start
     found = settings | {
         "accuracy": accuracy(model, rows(settings["split"])),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -116,24 +119,37 @@ def rows(split: str) -> list[tuple[Tensor, int]]:
     return [(torch.tensor(i), int(label)) for i, (_, label) in zip(ids, lines, strict=True)]
 
 
-def train(model: nn.Module, data: list[tuple[Tensor, int]], lr: float, seed: int) -> None:
-    """Two epochs of AdamW, the learning rate rising and then falling along a cosine."""
+def train(
+    model: nn.Module, data: list[tuple[Tensor, int]], lr: float, seed: int, epochs: int
+) -> None:
+    """Some epochs of AdamW, the learning rate rising and then falling along a cosine."""
     from transformers import get_cosine_schedule_with_warmup
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
-    steps = EPOCHS * -(-len(data) // BATCH)
+    steps = epochs * -(-len(data) // BATCH)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     order = torch.Generator().manual_seed(seed)
     model.train()
-    for _ in range(EPOCHS):
-        shuffled = [data[i] for i in torch.randperm(len(data), generator=order).tolist()]
-        for inputs, labels in batches(shuffled):
+    for _ in range(epochs):
+        for inputs, labels in batches(of_like_lengths(data, order)):
             loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+
+
+def of_like_lengths(
+    data: list[tuple[Tensor, int]], order: torch.Generator
+) -> list[tuple[Tensor, int]]:
+    """Return the rows anew shuffled, in batches that need half the padding of random ones."""
+    shuffled = [data[i] for i in torch.randperm(len(data), generator=order).tolist()]
+    pools = [shuffled[i : i + POOL] for i in range(0, len(data), POOL)]
+    ordered = [row for pool in pools for row in sorted(pool, key=lambda row: len(row[0]))]
+    starts = torch.randperm(-(-len(data) // BATCH), generator=order).tolist()
+    full = sorted(starts, key=lambda start: (start + 1) * BATCH > len(data))  # the short one last
+    return [row for start in full for row in ordered[start * BATCH : (start + 1) * BATCH]]
 
 
 def accuracy(model: nn.Module, data: list[tuple[Tensor, int]]) -> float:
