@@ -6,8 +6,8 @@ MiniLM learns the sentences of `shared/data/sst2`, two epochs, batch 32, AdamW w
 contender with the same loop, rows and order. First each contender's learning rate is chosen from a
 grid in one epoch of a subset, by accuracy on the development rows; then it is trained on all rows
 and scored on the test rows, which nothing was chosen by. A training is a process of its own (so
-that its peak of memory is its own) with one thread, and leaves a JSON file; what is there is not run
-again. Prints a Markdown table; its seconds are the CPU's, for training alone.
+that its peak of memory is its own) with one thread, and leaves a JSON file; what is there is not
+run again. Prints a Markdown table; its seconds are the CPU's, for training alone.
 """
 
 import argparse
