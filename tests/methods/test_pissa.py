@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: low-rank changes that start inside the weight, and leave it as it is."""
+"""PiSSA, OLoRA and LoftQ: low-rank changes that start in the weight, and leave it as it is."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft import inject, load_adapter
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import AdapterError, ConfigError
-from lightning_peft.methods import OLoRA, PiSSA
+from lightning_peft.methods import LoftQ, OLoRA, PiSSA
 
 peft = pytest.importorskip("peft", reason="peft is not installed: run `pip install '.[dev]'`")
 
@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 9, 7)),
 }
-METHODS: dict[str, Callable[..., Any]] = {"pissa": PiSSA, "olora": OLoRA}
+METHODS: dict[str, Callable[..., Any]] = {"pissa": PiSSA, "olora": OLoRA, "loftq": LoftQ}
 
 
 def randomise(adapter: Any) -> None:
@@ -78,7 +78,7 @@ def test_an_adapter_fits_the_clean_base_exactly(method: str, build: Build, tmp_p
     assert torch.equal(other.logits(), example.logits())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["pissa", "olora"])  # peft computes LoftQ's start on GPUs alone
 @pytest.mark.parametrize(("name", "targets"), [("bert", "query"), ("llama", "q_proj")])
 def test_outputs_and_gradients_equal_pefts(
     method: str, name: str, targets: str, build: Build
