@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lightning_peft.data.labels import bad_labels, encode, infer_labels
 from lightning_peft.data.origin import Origin
@@ -38,7 +38,7 @@ class ClassificationData(RowData):
             `predict` plain lines.
         hub: Name of a data set on the hub.
         hub_config: Its configuration, where it has several.
-        source: Data that a package carries: `reviews`.
+        source: Data that a package carries: `reviews` or `drug_reviews`.
         format: Format of the files (csv, tsv, jsonl, parquet, txt); None takes it from each name.
         columns: Names of the columns of CSV or TSV files without a header line.
         text: Column of the texts.
@@ -64,7 +64,7 @@ class ClassificationData(RowData):
         path: str | Mapping[str, str] | None = None,
         hub: str | None = None,
         hub_config: str | None = None,
-        source: Literal["reviews"] | None = None,
+        source: str | None = None,
         format: str | None = None,  # noqa: A002  # the word that users know
         columns: Sequence[str] | None = None,
         text: str = "text",

@@ -1,10 +1,13 @@
 """Where the rows of a data module come from: files, the hub, or a package."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.drug_reviews import read_drug_reviews
+from lightning_peft.data.packaged import located
 from lightning_peft.data.reviews import read_reviews
 from lightning_peft.data.sources import read_file, read_hub
 from lightning_peft.errors import ConfigError, near_misses
@@ -13,6 +16,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test", "predict")
+
+SOURCES: dict[str, Callable[[], dict[str, "Dataset"]]] = {
+    "reviews": read_reviews,
+    "drug_reviews": read_drug_reviews,
+}
+"""Data that packages carry in forms of their own, by the name that `source` gives: all splits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,26 +33,34 @@ class Origin:
     """
 
     path: str | Mapping[str, str] | None = None
-    """One file, for `predict` the one to judge and else the one to train on; or files by split."""
+    """One file, for `predict` the one to judge and else the one to train on; or files by split.
+
+    `package://<package>/<file>` is a file of an installed package.
+    """
     hub: str | None = None
     """Name of a data set on the hub."""
     hub_config: str | None = None
     """Its configuration, where it has several."""
     source: str | None = None
-    """Data that a package carries: `reviews`."""
+    """Data that a package carries: `reviews` or `drug_reviews`."""
     format: str | None = None
     """Format of the files; None takes it from each name."""
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Formats by a name's extension, where the task reads others than `read_file` does."""
     columns: Sequence[str] | None = None
     """Names of the columns of files without a header line."""
 
     def __post_init__(self) -> None:
         if self.path is None and self.hub is None and self.source is None:
             raise ConfigError(
-                "`path` must be a file (or `hub` a data set, or `source` be reviews), but none "
-                "of them is given."
+                f"`path` must be a file (or `hub` a data set, or `source` one of "
+                f"{', '.join(SOURCES)}), but none of them is given."
             )
-        if self.source not in (None, "reviews"):
-            raise ConfigError(f"`source` must be reviews, but is {self.source!r} instead.")
+        if self.source is not None and self.source not in SOURCES:
+            raise ConfigError(
+                f"`source` must be one of {', '.join(SOURCES)}, but is {self.source!r} instead."
+                f"{near_misses(self.source, SOURCES)}"
+            )
         for name in self.files():
             if name not in SPLITS:
                 raise ConfigError(
@@ -64,7 +81,7 @@ class Origin:
         """Return what a person calls the place that the rows of a split come from."""
         if self.path is not None:
             return f"`{self.files().get(split, self.path)}`"
-        return f"`{self.hub}` ({split})" if self.hub is not None else f"the reviews ({split})"
+        return f"`{self.hub or self.source}` ({split})"
 
     def prepare(self) -> None:
         """Download a data set of the hub."""
@@ -79,7 +96,11 @@ class Origin:
         """
         if self.path is not None:
             file = self.files().get(split)
-            return None if file is None else read_file(file, self.format, self.columns, bad)
+            if file is None:
+                return None
+            kind = self.format or self.formats.get(Path(file).suffix.lower())
+            return read_file(located(file), kind, self.columns, bad)
         name = "test" if split == "predict" else split
-        tables = read_hub(self.hub, self.hub_config) if self.hub is not None else read_reviews()
-        return tables.get(name)
+        if self.hub is not None:
+            return read_hub(self.hub, self.hub_config).get(name)
+        return SOURCES[str(self.source)]().get(name)

