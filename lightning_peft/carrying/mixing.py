@@ -101,8 +101,7 @@ class Scene:
             outside = name in read or anatomy.is_uncalled(host)
             place = name.rpartition(".")[0] if outside else name
             place = rowless.get(place, place)
-            own = signs if place == name else None
-            mixtures[name] = Mixture(name, self.batch, chains, own)
+            mixtures[name] = Mixture(name, self.batch, chains, signs, place == name)
             self.running[-1][1].append(mixtures[name])
             if (stack := mixtures[name].stack) is not None:
                 self.stacked.add(stack.keys)

@@ -54,12 +54,14 @@ class Mixture(Delta):
         batch: which rows have which adapters.
         changes: the deltas that act on the rows of each key, in order.
         signs: which keys may go through the host's forward pass together; None for all.
+        here: whether it is the host's own forward pass that runs in parts, and not its parent's.
     """
 
     where: str
     batch: Batch
     changes: Mapping[Key, Sequence[Delta]]
     signs: Mapping[Key, Hashable] | None
+    here: bool
     stack: Stack | None
 
     def __init__(
@@ -68,11 +70,12 @@ class Mixture(Delta):
         batch: Batch,
         changes: Mapping[Key, Sequence[Delta]],
         signs: Mapping[Key, Hashable] | None = None,
+        here: bool = True,
     ) -> None:
         super().__init__()
         acting = [delta for chain in changes.values() for delta in chain]
         # Not as children: the deltas stay children of their slot alone.
-        self.__dict__.update(where=where, batch=batch, changes=changes, signs=signs)
+        self.__dict__.update(where=where, batch=batch, changes=changes, signs=signs, here=here)
         self.reads = any(overrides(delta, "before") for delta in acting)
         self.writes = any(overrides(delta, "forward") for delta in acting)
         self.attends = any(overrides(delta, "attend") for delta in acting)
@@ -119,9 +122,9 @@ class Mixture(Delta):
     def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
         """Return a weight as the rows that go through the host at this time have it."""
         plan = self.batch.current()
-        if plan.sole is None:  # asked for by others: its dtype, its device
+        if self._differ(plan):  # asked for by others: its dtype, its device
             return weight
-        for delta in self.changes[plan.sole]:
+        for delta in self.changes[plan.keys[0]]:
             weight = delta.reweigh(host, name, weight)
         return weight
 
@@ -205,6 +208,9 @@ class Mixture(Delta):
 
     def _apart(self, plan: Plan) -> bool:
         """Whether the host's forward pass is run in parts, and the deltas act within."""
+        return self.here and self._differ(plan)
+
+    def _differ(self, plan: Plan) -> bool:
         return self.signs is not None and len(plan.parts(self.signs)) > 1
 
 
