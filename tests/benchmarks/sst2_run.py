@@ -59,7 +59,7 @@ def main() -> None:
     train(model, data, settings["lr"], settings["seed"], settings["epochs"])
     seconds = time.process_time() - start
     found = settings | {
-        "accuracy": accuracy(model, rows(settings["split"])),
+        "accuracy": {split: accuracy(model, rows(split)) for split in settings["splits"]},
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": seconds,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -136,6 +136,7 @@ def train(
             loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
 
