@@ -318,7 +318,7 @@ def _choose(features: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
     return (features @ fit[0].T + fit[1]).argmax(-1)
 
 
-def _metrics(task: Task, found: Iterable[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+def _metrics(task: Task, found: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     metrics = task.metrics()
     for predictions, targets in found:
         metrics.to(predictions.device).update(predictions, targets)
