@@ -33,6 +33,8 @@ class Choice:
 
     validation: float = 0.1
     """Share of the training rows to hold out where there is no validation split."""
+    test: float | None = None
+    """Share of the training rows to hold out where there is no test split; None draws none."""
     seed: int = 0
     """Seed of all draws."""
     limit: int | None = None
@@ -44,6 +46,11 @@ class Choice:
 
     def __post_init__(self) -> None:
         _at_least_one(limit=self.limit, shots=self.shots)
+        if self.test is not None and not 0 < self.test < 1 - self.validation:
+            raise ConfigError(
+                f"`test` must be a share that leaves rows beside `validation` ({self.validation}), "
+                f"but is {self.test} instead."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +75,11 @@ class Loading:
 class RowData(pl.LightningDataModule, abc.ABC):
     """Rows by split, read once, checked, and made into batches.
 
-    Without a validation split one is drawn from the training rows. Training rows that are held out
-    too are left out, and counted in `dropped`; rows that cannot be used stop the reading, or are
-    left out and counted in `skipped`. Training order follows the global random state, or the seed
-    and the epoch where batches are made of like lengths.
+    Without a validation split one is drawn from the training rows, and so is a test split where its
+    share is given. Training rows that are held out too are left out, and counted in `dropped`; rows
+    that cannot be used stop the reading, or are left out and counted in `skipped`. Training order
+    follows the global random state, or the seed and the epoch where batches are made of like
+    lengths.
 
     A data module of a task derives from this class and says what the columns are, what is wrong
     with a row, and what the model gets of it.
@@ -124,6 +132,13 @@ class RowData(pl.LightningDataModule, abc.ABC):
     def strata(self, split: str, rows: "Dataset") -> list[int]:
         """Return numbers whose proportions a drawn split keeps: the labels, or zeros."""
 
+    def drawn(self, split: str, rows: "Dataset", share: float) -> tuple[list[int], list[int]]:
+        """Draw by seed what to hold out; return the numbers of the rows kept and held out.
+
+        Rows are drawn one by one, and `strata` keep their proportions, by default.
+        """
+        return stratified_split(self.strata(split, rows), share, self.choice.seed)
+
     @abc.abstractmethod
     def items(self, split: str, rows: "Dataset") -> Any:
         """Return what the model gets of each row, as a sequence."""
@@ -142,8 +157,8 @@ class RowData(pl.LightningDataModule, abc.ABC):
 
     def has_split(self, split: str) -> bool:
         """Whether there are rows for `split`: train, validation, test or predict."""
-        drawn = split == "validation" and self._read("train") is not None
-        return drawn or self._read(split) is not None
+        draws = split == "validation" or (split == "test" and self.choice.test is not None)
+        return (draws and self._read("train") is not None) or self._read(split) is not None
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         """Return the rows of a split as they were read, in the order of its unshuffled loader."""
@@ -166,7 +181,8 @@ class RowData(pl.LightningDataModule, abc.ABC):
         if stage in ("fit", "validate") and "train" not in self._rows:
             self._split_training_rows()
         elif stage == "test" and stage not in self._rows:
-            self._rows["test"] = self._limited(self.table("test"))
+            held_out = self._test_rows()
+            self._rows["test"] = self._limited(self.table("test") if held_out is None else held_out)
         elif stage == "predict" and stage not in self._rows:
             self._rows["predict"] = self.table("predict")
 
@@ -221,12 +237,12 @@ class RowData(pl.LightningDataModule, abc.ABC):
         return ByLength(lengths_of(items["input_ids"]), self.batch_size, self.choice.seed)
 
     def _split_training_rows(self) -> None:
-        table, validation = self.table("train"), self._read("validation")
-        train = self._without(table, self._read("test"))
+        table, validation = self._training_rows(), self._read("validation")
+        train = self._without(table, self._test_rows())
         self.dropped = len(table) - len(train)
         if validation is None:
-            strata = self.strata("train", train)
-            kept, drawn = stratified_split(strata, self.choice.validation, self.choice.seed)
+            share = self.choice.validation / (1 - self._test_share())
+            kept, drawn = self.drawn("train", train, share)
             train, validation = train.select(kept), train.select(drawn)
         new = self._without(train, validation)
         self.dropped += len(train) - len(new)
@@ -240,6 +256,25 @@ class RowData(pl.LightningDataModule, abc.ABC):
         if self.choice.shots is not None:
             new = new.select(few(self.strata("train", new), self.choice.shots, self.choice.seed))
         self._rows |= {"train": self._limited(new), "validation": self._limited(validation)}
+
+    def _test_share(self) -> float:
+        """Return the share of the training rows that is drawn for the test, 0 for none."""
+        if self.choice.test is None or self._read("test") is not None:
+            return 0.0
+        return self.choice.test
+
+    def _training_rows(self) -> "Dataset":
+        """Return the training rows but for those that are drawn for the test."""
+        rows, share = self.table("train"), self._test_share()
+        return rows.select(self.drawn("train", rows, share)[0]) if share else rows
+
+    def _test_rows(self) -> "Dataset | None":
+        """Return the rows of the test split, given or drawn; None where there are none."""
+        share = self._test_share()
+        if not share:
+            return self._read("test")
+        rows = self.table("train")
+        return rows.select(self.drawn("train", rows, share)[1])
 
     def _without(self, rows: "Dataset", held_out: "Dataset | None") -> "Dataset":
         """Return the rows that do not stand in `held_out`."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_peft.data.bad_rows import SKIP, BadRows
 from lightning_peft.data.conll import read_conll
+from lightning_peft.data.squad import read_squad, settle_answers
 from lightning_peft.errors import DataError, near_misses
 from lightning_peft.models import HubAnswer, ask_hub
 
@@ -34,6 +35,8 @@ FORMATS = {
 }
 """Format by the file's extension."""
 
+_KNOWN = (*dict.fromkeys(FORMATS.values()), "squad")
+
 
 def read_file(
     path: str | Path,
@@ -46,8 +49,8 @@ def read_file(
     Args:
         path: A file in UTF-8. Nothing is cached, so a changed file is never read stale.
         file_format: csv, tsv (tabs, no quoting), jsonl (one object a line), parquet, txt (one text
-            a line, column text) or conll (one word a line, columns tokens and labels); None takes
-            the extension's.
+            a line, column text), conll (one word a line, columns tokens and labels) or squad
+            (questions in JSON, nested or one a line); None takes the extension's.
         columns: Names of the columns of a csv or tsv file without a header line.
         bad: What becomes of rows that cannot be read; None refuses the first.
 
@@ -137,18 +140,17 @@ def bad_texts(
 
 
 def _format(path: Path, file_format: str | None) -> str:
-    known = list(dict.fromkeys(FORMATS.values()))
     if file_format is None:
         if path.suffix.lower() not in FORMATS:
             raise DataError(
                 f"`path` must end in {', '.join(FORMATS)}, but is {str(path)!r} instead: "
-                f"rename it, or set `format` to one of {', '.join(known)}."
+                f"rename it, or set `format` to one of {', '.join(_KNOWN)}."
             )
         return FORMATS[path.suffix.lower()]
-    if file_format not in known:
+    if file_format not in _KNOWN:
         raise DataError(
-            f"`format` must be one of {', '.join(known)}, but is {file_format!r} instead."
-            f"{near_misses(file_format, known)}"
+            f"`format` must be one of {', '.join(_KNOWN)}, but is {file_format!r} instead."
+            f"{near_misses(file_format, _KNOWN)}"
         )
     return file_format
 
@@ -170,6 +172,8 @@ def _read_text(path: Path, kind: str, columns: Sequence[str] | None, bad: BadRow
             table = _columns_of_objects(path, file, bad)
         elif kind == "conll":
             table = read_conll(path, file, bad)
+        elif kind == "squad":
+            table = _columns_of_questions(path, file, bad)
         elif kind == "txt":
             texts = (line.strip() for line in file)
             table = {"text": [text for text in texts if text and _is_utf8(text, path, bad)]}
@@ -226,6 +230,14 @@ def _fields(path: Path, file: TextIO, kind: str) -> Iterator[tuple[int, list[str
         raise DataError(f"`{path}` is damaged in line {reader.line_num:,}: {error}.") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _columns_of_questions(path: Path, file: TextIO, bad: BadRows) -> dict[str, list[Any]]:
+    table = read_squad(path, file, bad)
+    if table is not None:
+        return table
+    file.seek(0)
+    return settle_answers(path, _columns_of_objects(path, file, bad), bad)
 
 
 def _columns_of_objects(path: Path, file: TextIO, bad: BadRows) -> dict[str, list[Any]]:

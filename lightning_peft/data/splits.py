@@ -22,10 +22,7 @@ def stratified_split(
         ConfigError: `fraction` is not between 0 and 1.
         DataError: A label has a single row, so one side would miss it.
     """
-    if not 0 < fraction < 1:
-        raise ConfigError(
-            f"`validation` must be a share between 0 and 1, but is {fraction} instead."
-        )
+    _check_share(fraction)
     generator = torch.Generator().manual_seed(seed)
     held: set[int] = set()
     for label in sorted(set(labels)):
@@ -39,6 +36,58 @@ def stratified_split(
         order = torch.randperm(len(rows), generator=generator).tolist()
         held.update(rows[i] for i in order[:count])
     return [i for i in range(len(labels)) if i not in held], sorted(held)
+
+
+def grouped_split(groups: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split row numbers into those kept and those held out, each group as a whole.
+
+    Groups are drawn by `seed` and held out while that brings the share nearer to `fraction`.
+
+    Returns:
+        The kept and the held-out row numbers, both in ascending order.
+
+    Raises:
+        ConfigError: `fraction` is not between 0 and 1.
+        DataError: There is a single group.
+    """
+    _check_share(fraction)
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    if len(members) < 2:
+        raise DataError(
+            "there must be at least 2 documents to hold one of them out, but there is 1: add rows, "
+            "or give files by split."
+        )
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = [list(members.values())[i] for i in order]
+    wanted, held = fraction * len(groups), list(found[0])
+    for rows in found[1:-1]:
+        if abs(len(held) + len(rows) - wanted) < abs(len(held) - wanted):
+            held += rows
+    kept = set(held)
+    return [i for i in range(len(groups)) if i not in kept], sorted(held)
+
+
+def connected(*columns: Sequence[Hashable | None]) -> list[int]:
+    """Return a number for each row, the same for rows that share a value in any of the columns.
+
+    None and empty texts are no values. Rows are connected through others too.
+    """
+    parents = list(range(len(columns[0])))
+
+    def root(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]
+            row = parents[row]
+        return row
+
+    for column in columns:
+        first: dict[Hashable, int] = {}
+        for row, value in enumerate(column):
+            if value not in (None, ""):
+                parents[root(row)] = root(first.setdefault(value, row))
+    return [root(row) for row in range(len(parents))]
 
 
 def sample(rows: int, limit: int | None, seed: int) -> list[int]:
@@ -70,3 +119,10 @@ def unseen(keys: Sequence[Hashable], held_out: Iterable[Hashable]) -> list[int]:
 def normalised(text: str) -> str:
     """Return the text as duplicates are compared: case and runs of white space do not count."""
     return " ".join(text.split()).casefold()
+
+
+def _check_share(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ConfigError(
+            f"`validation` must be a share between 0 and 1, but is {fraction} instead."
+        )
