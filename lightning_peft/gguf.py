@@ -5,17 +5,15 @@ SmolLM2-135M and its 49,152 tokens; the unpacked folder loads in about a second.
 """
 
 import io
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.errors import require
-
-_WEIGHTS = "model.safetensors"
+from lightning_peft.files.once import built_once
 
 
 def unpacked(file: Path, digest: str) -> Path:
@@ -30,30 +28,19 @@ def unpacked(file: Path, digest: str) -> Path:
     Raises:
         MissingExtraError: The package `gguf` is not installed.
     """
-    from huggingface_hub import cached_assets_path
-    from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
-    folder = cached_assets_path("lightning-peft", namespace="gguf", subfolder=digest)
-    if not (folder / _WEIGHTS).is_file():
-        require("gguf", "gguf")
-        rank_zero_info(f"Unpacking {file.name}, once, to {folder}")
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _unpack(file, partial)
-            with suppress(OSError):  # another process was faster
-                partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return built_once("gguf", digest, partial(_unpack, file))
 
 
 def _unpack(file: Path, folder: Path) -> None:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    require("gguf", "gguf")
+    rank_zero_info(f"Unpacking {file.name}, once, to the hub's cache.")
     given: Any = {"gguf_file": file.name, "trust_remote_code": False}
     with _bar_for_a_person():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **given)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **given)
     del model.config.quantization_config  # the weights are plain now, and plain ones can be saved
     model.hf_quantizer = None
     tokenizer.model_max_length = model.config.max_position_embeddings  # which a GGUF does not say

