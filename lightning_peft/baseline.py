@@ -1,7 +1,8 @@
 """What the frozen base is worth without any method: the bar that a tuned model must clear.
 
-Two classifiers on features that are computed once: the model's own head alone, and logistic
-regression on the mean of the last hidden states. Their settings are chosen on validation.
+Where the head comes with the base, that is the base untouched. Where it is new: two classifiers on
+features that are computed once, the model's own head alone, and logistic regression on the mean of
+the last hidden states. Their settings are chosen on validation.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
@@ -106,6 +108,54 @@ def frozen_baselines(
     return sorted(found, key=lambda one: _score(task, one.validation), reverse=True)
 
 
+def untouched_baseline(
+    model: nn.Module,
+    task: Task,
+    validation: DataLoader[Any],
+    test: DataLoader[Any] | None = None,
+    progress: bool = True,
+) -> Baseline:
+    """Measure the base as it came, where a task needs no new head; the model is left as it was.
+
+    Args:
+        model: Without an adapter.
+        task: Gives the metrics.
+        validation: Batches with targets; the same for `test`.
+        test: None where there is no test split.
+        progress: Show a progress bar on stderr.
+    """
+    modes = {module: module.training for module in model.modules()}
+    loaders = {"validation": validation} | ({"test": test} if test else {})
+    started = time.perf_counter()
+    model.eval()
+    try:
+        found = {
+            name: _evaluated(model, task, _shown(loader, f"{name} of the base", progress))
+            for name, loader in loaders.items()
+        }
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return Baseline(
+        name="untouched base",
+        setting={},
+        validation=found["validation"],
+        test=found.get("test", {}),
+        trained=0,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def _evaluated(model: nn.Module, task: Task, batches: Iterable[Any]) -> dict[str, float]:
+    device = next(model.parameters()).device
+    metrics = task.metrics().to(device)
+    for batch in batches:
+        out = task.evaluate(model, move_data_to_device(batch, device))
+        metrics.update(out.predictions, out.targets)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
 def _base(model: nn.Module) -> nn.Module:
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or base is model:
@@ -135,7 +185,7 @@ def _features(
     batches, outputs, means = [], [], []
     compact: Callable[[Any], Any] | None = None
     for loaded in _shown(_by_length(loader), title, progress):
-        batch = {name: value.to(device) for name, value in loaded.items()}
+        batch = move_data_to_device(loaded, device)
         output = _run_base(model, base, batch)
         means.append(_mean(output.last_hidden_state, batch.get("attention_mask")))
         compact = compact or _compaction(model, base, batch, output)
@@ -177,8 +227,8 @@ def _compaction(
         hidden = output.last_hidden_state.clone()
         hidden[:, keep:] = float("nan")
         with _replay(base, iter([_replaced(output, hidden)])):
-            logits = model(**model_inputs(batch)).logits
-        if logits.isfinite().all():
+            found = model(**model_inputs(batch))
+        if all(value.isfinite().all() for value in found.values() if isinstance(value, Tensor)):
             return lambda one: _replaced(one, one.last_hidden_state[:, :keep].clone())
     return lambda one: _replaced(one, one.last_hidden_state)
 
@@ -321,7 +371,9 @@ def _choose(features: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
 def _metrics(task: Task, found: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     metrics = task.metrics()
     for predictions, targets in found:
-        metrics.to(predictions.device).update(predictions, targets)
+        if isinstance(predictions, Tensor):
+            metrics.to(predictions.device)
+        metrics.update(predictions, targets)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
