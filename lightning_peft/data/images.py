@@ -1,41 +1,95 @@
-"""Image files, read safely: what cannot be used is named."""
+"""Images, read safely: what cannot be used is named."""
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.errors import DataError, near_misses, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 """Endings of files that are taken for images, in lower case."""
 
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes of more than 8 bits
+_MOST = 65_535  # of 16 bits
 
-def open_image(path: str | Path) -> "Image":
+
+def open_image(source: str | Path | bytes, name: str = "", upright: bool = False) -> "Image":
     """Read a whole image as RGB.
 
-    Transparent pixels lose their transparency; of an animation the first picture is read.
+    Grey values of 16 bits become 8. Transparent pixels lose their transparency; of an animation the
+    first picture is read.
 
     Args:
-        path: Its file.
+        source: Its file, or what one holds.
+        name: What a person calls it; that of the file by default.
+        upright: Turn it as its EXIF orientation says, as viewers show it.
 
     Raises:
         DataError: The file is missing, no image, damaged or suspiciously large.
         MissingExtraError: PIL is not installed.
     """
     pil = require("PIL.Image", "images")
-    path = Path(path)
+    if not isinstance(source, bytes):
+        _must_exist(Path(source))
+    name = name or f"`{source!s}`"
+    with _readable(name), pil.open(_file(source)) as image:
+        image.load()
+        return _rgb(_turned(image) if upright else image, name)
+
+
+def _must_exist(path: Path) -> None:
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"the image `{path}` does not exist.{near_misses(path.name, near)}")
+
+
+def _file(source: str | Path | bytes) -> Any:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what PIL raises for damaged files into one sentence."""
+    pil: Any = require("PIL.Image", "images")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", pil.DecompressionBombWarning)
-            with pil.open(path) as image:
-                return image.convert("RGB")
+            yield
+    except DataError:  # said already
+        raise
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise DataError(f"the image `{path}` cannot be read: {error}") from error
+        raise DataError(f"the image {name} cannot be read: {_said(error)}") from error
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
-        raise DataError(f"the image `{path}` is too large to be read safely: {error}") from error
+        raise DataError(f"the image {name} is too large to be read safely: {error}") from error
+
+
+def _said(error: Exception) -> str:
+    # PIL ends this with the address of an object in memory.
+    return "it is no image" if "cannot identify image file" in str(error) else str(error)
+
+
+def _turned(image: "Image") -> "Image":
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: "Image", name: str) -> "Image":
+    if image.mode not in _DEEP:
+        if image.mode == "F":
+            raise DataError(f"the image {name} must have whole numbers, but has fractions instead.")
+        return image.convert("RGB")
+    lowest, highest = image.getextrema()
+    if lowest < 0 or highest > _MOST:
+        raise DataError(
+            f"the image {name} must have values from 0 to {_MOST:,}, but has {lowest:,} to "
+            f"{highest:,} instead."
+        )
+    return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
