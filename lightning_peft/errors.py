@@ -38,6 +38,10 @@ class NonFiniteError(PEFTError, ArithmeticError):
     """The loss or a gradient became NaN or infinite."""
 
 
+class RunError(PEFTError, RuntimeError):
+    """A run that was started in a process of its own did not end well."""
+
+
 class MissingExtraError(PEFTError, ImportError):
     """An optional package is not installed."""
 

@@ -38,6 +38,8 @@ class Result:
     """Bytes of the saved adapter folder."""
     seconds: float
     """Wall-clock seconds of training."""
+    memory: int | None = None
+    """Peak bytes up to the end of training, see `lightning_peft.memory`; None where unknown."""
 
     @property
     def share(self) -> float:
@@ -102,11 +104,11 @@ def write_report(folder: str | Path, report: Report) -> None:
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report's tables; without a terminal they come as plain text."""
     console = console or open_console()
-    console.print(_table(report.title, *_results_table(report)))
+    console.print(as_table(report.title, *_results_table(report)))
     if report.per_class:
-        console.print(_table(f"{report.results[-1].name}, by class", *_class_table(report)))
+        console.print(as_table(f"{report.results[-1].name}, by class", *_class_table(report)))
     if report.examples:
-        console.print(_table("Examples", *_example_table(report)))
+        console.print(as_table("Examples", *_example_table(report)))
     for name, path in report.paths.items():
         # A path must survive being copied, so it is never wrapped.
         console.print(f"[bold]{escape(name)}[/] {escape(str(path))}", soft_wrap=True)
@@ -114,11 +116,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def markdown(report: Report) -> str:
     """Return the report as GitHub-flavoured Markdown."""
-    parts = [f"# {report.title}", _markdown_table(*_results_table(report))]
+    parts = [f"# {report.title}", markdown_table(*_results_table(report))]
     if report.per_class:
-        parts += [f"## {report.results[-1].name}, by class", _markdown_table(*_class_table(report))]
+        parts += [f"## {report.results[-1].name}, by class", markdown_table(*_class_table(report))]
     if report.examples:
-        parts += ["## Examples", _markdown_table(*_example_table(report))]
+        parts += ["## Examples", markdown_table(*_example_table(report))]
     if report.paths:
         parts += ["## Files", "\n".join(f"- {k}: `{v}`" for k, v in report.paths.items())]
     return "\n\n".join(parts) + "\n"
@@ -151,14 +153,15 @@ _Rows = tuple[list[str], list[list[str]]]
 
 def _results_table(report: Report) -> _Rows:
     header = ["model", f"val {report.metric}", f"test {report.metric}"]
-    header += ["trained", "share", "adapter", "seconds"]
+    header += ["trained", "share", "memory", "adapter", "seconds"]
     return header, [
         [
             result.name,
-            _number(result.validation.get(report.metric)),
-            _number(result.test.get(report.metric)),
+            readable_number(result.validation.get(report.metric)),
+            readable_number(result.test.get(report.metric)),
             f"{result.trained:,}",
             readable_share(result.trained, result.total),
+            "-" if result.memory is None else readable_bytes(result.memory),
             readable_bytes(result.adapter_bytes),
             f"{result.seconds:.0f}",
         ]
@@ -168,7 +171,7 @@ def _results_table(report: Report) -> _Rows:
 
 def _class_table(report: Report) -> _Rows:
     names = list(next(iter(report.per_class.values())))
-    rows = [[label, *map(_number, row.values())] for label, row in report.per_class.items()]
+    rows = [[label, *map(readable_number, row.values())] for label, row in report.per_class.items()]
     return ["label", *names], rows
 
 
@@ -185,7 +188,8 @@ def _example_table(report: Report) -> _Rows:
     return ["", "gold", "predicted", "score", "text"], rows
 
 
-def _number(value: float | None) -> str:
+def readable_number(value: float | None) -> str:
+    """Return a metric with four decimals, a count without, and a dash for none."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value > 1 and float(value).is_integer() else f"{value:.4f}"
@@ -200,7 +204,8 @@ def _shorten(text: str) -> str:
     return flat if len(flat) <= _EXAMPLE_CHARACTERS else f"{flat[: _EXAMPLE_CHARACTERS - 1]}…"
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+def as_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    """Return a table for the terminal; columns of numbers stand to the right."""
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for i, name in enumerate(header):
         table.add_column(escape(name), justify="right" if _numeric(rows, i) else "left")
@@ -215,7 +220,8 @@ def _cell(column: str, content: str) -> Text:
     return Text(content, no_wrap=example, overflow="ellipsis" if example else "fold")
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in GitHub-flavoured Markdown; columns of numbers stand to the right."""
     rule = ["---:" if _numeric(rows, i) else "---" for i in range(len(header))]
     cells = [header, rule, *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -47,6 +47,7 @@ def report() -> Report:
         total=23_008_898,
         adapter_bytes=1_187_654,
         seconds=140.8,
+        memory=1_203_000_000,
     )
     return Report(
         title="minilm on reviews",
@@ -73,6 +74,7 @@ def test_the_terminal_shows_the_tuned_model_against_the_baseline(report: Report)
         "0.8361",
         "295,682",
         "1.29%",
+        "1.2 GB",
         "1.2 MB",
         "141",
     ]
@@ -91,7 +93,7 @@ def test_in_a_narrow_terminal_an_example_takes_one_line_and_names_stay_whole(
     (wrong,) = [line for line in lines if "✗" in line]
     assert wrong.split("│")[5].strip().endswith("…")
     assert not any("bad" in line for line in lines if line != wrong)
-    names = [line.split("│")[1].strip() for line in lines if line.count("│") == 8]
+    names = [line.split("│")[1].strip() for line in lines if line.count("│") == 9]
     assert "".join(names).replace(" ", "").startswith("frozenbase+head")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -50,6 +51,13 @@ def own_folder() -> Path:
     package = Path(lightning_peft.__file__).resolve().parent
     packaged = package / "conf"
     return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+def in_use() -> Conf:
+    """Return the folders that Hydra has composed the running job from."""
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.schema == "file"]
+    return Conf(own_folder(), tuple(folder for folder in folders if folder != own_folder()))
 
 
 def key_of(override: str) -> str:

@@ -18,6 +18,7 @@ from lightning_peft.jobs.run_folder import RunFolder, created, resolved
 from lightning_peft.models import ModelSource
 from lightning_peft.module import PEFTModule
 from lightning_peft.report import open_console
+from lightning_peft.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +58,23 @@ def train(settings: Mapping[str, Any], run: RunFolder, checkpoint: Path | None =
 
 def build(settings: Mapping[str, Any]) -> tuple[PEFTModule, RowData]:
     """Return the module and the data, with each other's labels and tokenizer."""
-    source = instantiate(settings["model"], "model")
-    data: RowData = instantiate(settings["data"], "data")
     optimizer = check_settings(PEFTModule, settings["optimizer"], "optimizer")
     adapter = check_settings(PEFTModule, settings["adapter"], "adapter")
+    source, data, task = parts(settings)
     methods = list(instantiate(_reading(settings["method"], source), "method").values())
-    task = instantiate(settings["task"], "task")
-    task.equip(data, source)
-    data.prepare_data()
-    module = PEFTModule(source, methods, task.connect(data), **optimizer, **adapter)
+    module = PEFTModule(source, methods, task, **optimizer, **adapter)
     task.check(module.model, data)
     return module, data
+
+
+def parts(settings: Mapping[str, Any]) -> tuple[ModelSource, RowData, Task]:
+    """Return the recipe of the base, the data, and the task that knows it."""
+    source: ModelSource = instantiate(settings["model"], "model")
+    data: RowData = instantiate(settings["data"], "data")
+    task: Task = instantiate(settings["task"], "task")
+    task.equip(data, source)
+    data.prepare_data()
+    return source, data, task.connect(data)
 
 
 def _reading(methods: Mapping[str, Any], source: ModelSource) -> dict[str, Any]:

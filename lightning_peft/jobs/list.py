@@ -8,7 +8,6 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_peft.config import TARGET, find_target
-from lightning_peft.jobs.conf import Conf, description, key_of, own_folder
+from lightning_peft.jobs.conf import Conf, description, in_use, key_of
 from lightning_peft.jobs.job import Job
 from lightning_peft.report import open_console
 
@@ -28,7 +27,7 @@ class List(Job):
     """Show every group with its options; `job=list method=lora` explains LoRA's settings."""
 
     def run(self, config: DictConfig) -> None:
-        conf, console = _conf(), open_console()
+        conf, console = in_use(), open_console()
         groups = [name for name in conf.groups() if name in _chosen() - {"job", "experiment"}]
         for name in groups:
             settings = OmegaConf.to_container(config[name], resolve=False)
@@ -101,12 +100,6 @@ def _args_section(doc: str) -> dict[str, str]:
 
 def _chosen() -> set[str]:
     return {key_of(text) for text in HydraConfig.get().overrides.task}
-
-
-def _conf() -> Conf:
-    sources = HydraConfig.get().runtime.config_sources
-    folders = [Path(source.path) for source in sources if source.schema == "file"]
-    return Conf(own_folder(), tuple(folder for folder in folders if folder != own_folder()))
 
 
 def _overview(conf: Conf, console: Console) -> None:

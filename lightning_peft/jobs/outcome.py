@@ -1,10 +1,12 @@
 """What a finished run leaves: the best adapter, its report, and the curves."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import WandbLogger
@@ -18,6 +20,8 @@ from lightning_peft.errors import ConfigError, DataError, MissingExtraError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.judging import Judgement
 from lightning_peft.jobs.run_folder import RunFolder, title
+from lightning_peft.memory import peak_memory
+from lightning_peft.models import ModelSource
 from lightning_peft.module import PEFTModule
 from lightning_peft.report import (
     Report,
@@ -28,6 +32,7 @@ from lightning_peft.report import (
     print_report,
     write_report,
 )
+from lightning_peft.tasks.task import Task
 
 
 def finish(settings: Mapping[str, Any], run: RunFolder, trainer: Trainer, baseline: bool) -> None:
@@ -36,30 +41,32 @@ def finish(settings: Mapping[str, Any], run: RunFolder, trainer: Trainer, baseli
         distributed.destroy_process_group()  # else metrics would wait for the other processes
     if not trainer.is_global_zero:
         return
+    device = trainer.strategy.root_device
+    memory = peak_memory(device)  # before the judging, which would add to it
     best = run.checkpoints / "best.ckpt"
     checkpoint = judging.checkpoint_of(run, "best" if best.exists() else "last")
     module, data = judging.load(settings, checkpoint)
     log_adapter(trainer, module.adapter.save(run.adapter))
     splits = [split for split in ("validation", "test") if data.has_split(split)]
     found = {s: judging.judge(settings, checkpoint, s, module, data) for s in splits}
-    results = _baselines(settings, trainer, module, data) if baseline else []
-    results.append(_result(settings, run, trainer, module, found))
+    source = instantiate(settings["model"], "model")
+    results = baselines(module.task, source, data, device) if baseline else []
+    own = _result(settings, run, trainer, module, found)
+    results.append(dataclasses.replace(own, memory=memory))
     report = _report(settings, run, module, results, found)
     write_report(run.path, report)
     print_report(report)
     _finish_loggers(trainer)
 
 
-def _baselines(
-    settings: Mapping[str, Any], trainer: Trainer, module: PEFTModule, data: RowData
-) -> list[Result]:
+def baselines(task: Task, source: ModelSource, data: RowData, device: torch.device) -> list[Result]:
     """Return what the frozen base is worth; nothing where it has no form to measure."""
-    model = module.task.load_model(instantiate(settings["model"], "model"))
+    model = task.load_model(source)
     total = sum(parameter.numel() for parameter in model.parameters())
     test = data.test_dataloader() if data.has_split("test") else None
     loaders = data.train_dataloader(), data.val_dataloader(), test
     try:
-        found = module.task.baselines(model.to(trainer.strategy.root_device), *loaders)
+        found = task.baselines(model.to(device), *loaders)
     except ConfigError as error:
         rank_zero_warn(f"There is no baseline to compare with: {error}")
         return []

@@ -26,7 +26,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.jobs.saved import CONFIG
 from lightning_peft.redact import redact, redact_arguments
 
-_FOLDER = "LIGHTNING_PEFT_RUN_FOLDER"
+FOLDER_VARIABLE = "LIGHTNING_PEFT_RUN_FOLDER"
 """Tells the processes that Lightning starts which folder the first one made."""
 
 _PACKAGES = ("lightning-peft", "lightning", "torch", "transformers", "datasets", "torchmetrics")
@@ -118,10 +118,10 @@ def created(settings: Mapping[str, Any]) -> Iterator[RunFolder]:
         yield RunFolder(_shared(settings))
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun; Lightning does it later
-        os.environ.pop(_FOLDER, None)
+        os.environ.pop(FOLDER_VARIABLE, None)
         _shared(settings)
-    folder = _make(settings)
-    os.environ[_FOLDER] = str(folder.absolute())
+    folder = make(settings)
+    os.environ[FOLDER_VARIABLE] = str(folder.absolute())
     try:
         yield RunFolder(folder)
     except BaseException:
@@ -160,7 +160,7 @@ def _numbered(file: Path, number: int) -> Path:
 
 def _shared(settings: Mapping[str, Any]) -> Path:
     """Return the folder that the first process makes."""
-    folder = os.environ.get(_FOLDER) or settings["folder"]
+    folder = os.environ.get(FOLDER_VARIABLE) or settings["folder"]
     if folder is None:
         raise ConfigError(
             "`folder` must be given when the processes are started by torchrun or SLURM, so that "
@@ -169,7 +169,12 @@ def _shared(settings: Mapping[str, Any]) -> Path:
     return Path(folder)
 
 
-def _make(settings: Mapping[str, Any]) -> Path:
+def make(settings: Mapping[str, Any]) -> Path:
+    """Make a new folder: the one that `folder` names, else one with the date and the title.
+
+    Raises:
+        ConfigError: It exists, or cannot be made.
+    """
     given = settings["folder"]
     folder = Path(given).expanduser() if given else _new_name(settings)
     for number in range(2, 100):
