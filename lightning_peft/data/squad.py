@@ -92,21 +92,27 @@ def answers_of(value: Any) -> Answers | str | None:
 def _document(path: Path, text: str) -> Any:
     """Return the document; None where each line is one by itself."""
     try:
-        return json.loads(text)
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         first = text.lstrip().partition("\n")[0]
         if error.msg == "Extra data" or first.rstrip().endswith("}"):
             return None
         raise DataError(f"`{path}` is damaged in line {error.lineno:,}: {error}.") from error
+    one_line = isinstance(document, dict) and "question" in document and "\n" not in text.strip()
+    return None if one_line else document
 
 
 def _questions(node: Any, known: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:
-    """Yield each question with what is said of it further up, and its place: `data[0].qas[3]`."""
+    """Yield each question with what is said of it further up, or what is wrong with the nesting.
+
+    Its place comes first: `data[0].paragraphs[2].qas[1]`.
+    """
     if isinstance(node, list) and not place:
         node = {"data": node}
     name = next((name for name in _NESTED if isinstance(node, dict) and name in node), None)
     if name is None:
-        yield place, {**known, **node} if isinstance(node, dict) else node
+        asked = isinstance(node, dict) and "question" in node
+        yield place, known | node if asked else _nested_otherwise(node)
         return
     above = known | {key: node[key] for key in ("title", "context") if key in node}
     place = f"{place}.{name}".removeprefix(".")
@@ -117,16 +123,18 @@ def _questions(node: Any, known: dict[str, Any], place: str) -> Iterator[tuple[s
         yield from _questions(inner, above, f"{place}[{i}]")
 
 
-def _problem(found: Any) -> str:
+def _nested_otherwise(node: Any) -> str:
+    shown = ", ".join(node) if isinstance(node, dict) else _short(node)
+    return (
+        "questions must be nested as `data`, `paragraphs`, `qas`, or be rows with `context` and "
+        f"`question`, but here is {shown or 'nothing'}"
+    )
+
+
+def _problem(found: dict[str, Any] | str) -> str:
     """Return what keeps a question from being a row; what else is wrong shows by its columns."""
     if isinstance(found, str):
         return found
-    if not isinstance(found, dict) or "question" not in found:
-        shown = ", ".join(found) if isinstance(found, dict) else _short(found)
-        return (
-            "questions must be nested as `data`, `paragraphs`, `qas`, or be rows with `context` "
-            f"and `question`, but here is {shown or 'nothing'}"
-        )
     for name in _TEXTS:
         value = found.get(name)
         if value is not None and not isinstance(value, str):
