@@ -24,7 +24,7 @@ from lightning_peft.tasks.outputs import (
     logits_of,
     require_labels,
 )
-from lightning_peft.tasks.sequence_classification import LabelledData
+from lightning_peft.tasks.single_label import LabelledData
 from lightning_peft.tasks.task import StepOutput, Task
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the tasks on texts read from a model."""
+"""What the tasks read from a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +9,8 @@ from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.tasks.task import model_inputs
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lightning_peft.models import ModelSource
 
 
@@ -48,17 +50,24 @@ def require_labels(batch: Mapping[str, Tensor], what: str) -> None:
         )
 
 
-def load_classifier(
+def load_head(
     source: "ModelSource", labels: Sequence[str], auto_class: str, **config: str
-) -> nn.Module:
+) -> "PreTrainedModel":
     """Load a base with a fresh head that has an output for each label."""
-    model = source.load(
+    return source.load(
         auto_class,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
         **config,
     )
+
+
+def load_classifier(
+    source: "ModelSource", labels: Sequence[str], auto_class: str, **config: str
+) -> nn.Module:
+    """Load a base of texts with a fresh head that has an output for each label."""
+    model = load_head(source, labels, auto_class, **config)
     # Decoders read the last token that is not padding, so they must know which one pads.
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = source.tokenizer().pad_token_id
