@@ -8,7 +8,8 @@ sibling is not reused (its guard sees another type), and fast paths that read we
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -211,6 +212,20 @@ def detach(module: nn.Module, name: str) -> None:
 def slot_of(module: nn.Module) -> Slot:
     """Return the deltas of a host module by name."""
     return cast(Slot, module._modules[SLOT])
+
+
+@contextmanager
+def only(model: nn.Module, kept: Collection[Delta] = ()) -> Iterator[None]:
+    """Within this context no deltas of a model act but those that are `kept`."""
+    slots = [slot_of(module) for module in model.modules() if SLOT in module._modules]
+    running = [slot.running for slot in slots]
+    for slot in slots:
+        slot.running = [delta for delta in slot.running if delta in kept]
+    try:
+        yield
+    finally:
+        for slot, deltas in zip(slots, running, strict=True):
+            slot.running = deltas
 
 
 class Attending:

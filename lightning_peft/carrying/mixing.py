@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.carrying.registry import Forgetful, Registry, modules_of
-from lightning_peft.delta import SLOT, Delta, Slot, attach, detach, slot_of
+from lightning_peft.delta import SLOT, Delta, Slot, attach, detach, only, slot_of
 from lightning_peft.deltas.cached_keys import CachedKeys
 from lightning_peft.deltas.mixed import APART, Apart, Batch, Mixture, Parting, overrides
 from lightning_peft.deltas.ragged import reaching
@@ -137,13 +137,8 @@ class Scene:
 
     def _rowless(self) -> Mapping[str, str]:
         if self.present.rowless is None:
-            slots = [slot_of(host) for host in _hosts(modules_of(self.model)).values()]
-            running = [slot.running for slot in slots]
-            for slot in slots:
-                slot.running = []
-            self.present.rowless = batch.rowless(self.model)
-            for slot, deltas in zip(slots, running, strict=True):
-                slot.running = deltas
+            with only(self.model):
+                self.present.rowless = batch.rowless(self.model)
         return self.present.rowless
 
     def _trained(self, name: str) -> list[Key]:

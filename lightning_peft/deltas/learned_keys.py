@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
@@ -151,6 +152,8 @@ class GatedKeys(Delta):
 
 def _for_each_head(opened: Tensor, output: Tensor) -> Tensor:
     """Return a gate `(batch, tokens, 1, 1)` as an `output` takes it, which may fold the batch."""
+    # A delta around this one may have put dummies before the queries, whose rows it throws away.
+    opened = F.pad(opened, (0, 0, 0, 0, output.shape[1] - opened.shape[1], 0))
     if len(opened) == len(output):
         return opened
     rows = opened.squeeze(-1).permute(2, 1, 0)  # (1, tokens, batch)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
+from lightning_peft.deltas.passing import acting_rows, among
 from lightning_peft.deltas.stacked import Stack, stack_of
 from lightning_peft.deltas.virtual_tokens import Enter
 from lightning_peft.errors import AdapterError
@@ -162,7 +163,8 @@ class Mixture(Delta):
 
     def chain_of(self, delta: Delta) -> Sequence[Delta]:
         """Return what acts on the same rows as `delta`."""
-        return next((chain for chain in self.changes.values() if delta in chain), ())
+        rows = acting_rows()
+        return () if rows is None else self.changes.get(rows, ())
 
     def _attend_whole(
         self,
@@ -190,20 +192,23 @@ class Mixture(Delta):
         for delta in reversed(self.changes[key]):
             if overrides(delta, "attend"):
                 base = functools.partial(_through, delta, base)
-        return base(host, *inputs, **kw)
+        with among(key):
+            return base(host, *inputs, **kw)
 
     def _before(
         self, key: Any, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        for delta in self.changes[key]:
-            args, kwargs = delta.before(host, args, kwargs)
+        with among(key):
+            for delta in self.changes[key]:
+                args, kwargs = delta.before(host, args, kwargs)
         return args, kwargs
 
     def _after(
         self, key: Any, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        for delta in self.changes[key]:
-            output = delta(host, args, kwargs, output)
+        with among(key):
+            for delta in self.changes[key]:
+                output = delta(host, args, kwargs, output)
         return output
 
     def _apart(self, plan: Plan) -> bool:

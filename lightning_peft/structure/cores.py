@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_peft.delta import Delta
+from lightning_peft.delta import Delta, only
 from lightning_peft.deltas.virtual_tokens import (
     CACHES,
     Attended,
@@ -114,7 +114,8 @@ def pools(model: nn.Module) -> bool:
     """Whether a model gives something for a text as a whole, and not for each token."""
     try:
         words = words_of(model)
-        long, short = (tensors_of(run(model, ids))[0].shape for ids in (words, words[1:]))
+        with only(model):
+            long, short = (tensors_of(run(model, ids))[0].shape for ids in (words, words[1:]))
     except (AttributeError, TargetError):  # no model of transformers, or none that reads one text
         return True
     return long == short

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.delta import Attending, Delta, attach, detach
+from lightning_peft.delta import Attending, Delta, attach, detach, only
 from lightning_peft.deltas.attention import uses_interface
 from lightning_peft.deltas.passing import first_input
 from lightning_peft.errors import TargetError
@@ -191,7 +191,7 @@ def _run(model: Any, ids: Sequence[int]) -> dict[str, Attention]:
     hosts = dict(_candidates(model))
     recorders = {name: _Recorder() for name in hosts}
     if hosts:
-        run(model, ids, lambda: _attached(hosts, recorders))
+        run(model, ids, lambda: _attached(model, hosts, recorders))
     seen = {name: r.seen for name, r in recorders.items() if r.seen is not None}
     return {
         name: s
@@ -219,14 +219,17 @@ def _asks(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _attached(hosts: dict[str, nn.Module], recorders: dict[str, _Recorder]) -> Iterator[None]:
+def _attached(
+    model: nn.Module, hosts: dict[str, nn.Module], recorders: dict[str, _Recorder]
+) -> Iterator[None]:
     hooks = []
     try:
         for name, host in hosts.items():
             recorders[name].seen = None
             attach(host, _NAME, recorders[name])
             hooks.append(host.register_forward_pre_hook(recorders[name].note, with_kwargs=True))
-        yield
+        with only(model, recorders.values()):  # other adapters may add keys, or tokens
+            yield
     finally:
         for hook in hooks:
             hook.remove()

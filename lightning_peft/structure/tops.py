@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.delta import SLOT
+from lightning_peft.delta import SLOT, only
 from lightning_peft.errors import TargetError
 from lightning_peft.structure.anatomy import (
     Named,
@@ -40,7 +40,8 @@ def running_order(model: nn.Module) -> list[Named]:
     if not all(under(n, (name,)) for n, _ in blocks if name):
         return blocks
     try:
-        run(outer, around=lambda: _noted(blocks, last))
+        with only(outer):
+            run(outer, around=lambda: _noted(blocks, last))
     except TargetError:
         return blocks
     return sorted(blocks, key=lambda named: last.get(_stack(named[0]), -1))

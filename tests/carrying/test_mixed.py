@@ -32,13 +32,14 @@ from lightning_peft.method import Method
 from lightning_peft.methods import IA3, BitFit, FullFineTuning
 from tests.catalogue import METHODS
 from tests.conftest import BERT, TINY, Example
-from tests.test_every_method import structure
+from tests.test_every_method import REASONS, inapplicable, structure
 
 Build = Callable[[str], Any]
 Rows = Sequence[str | None]
 
 KINDS = {"encoder": "bert", "decoder": "llama", "encoder-decoder": "t5", "vision": "vit"}
 ROWS: Rows = ("a", None, "b", "a", "b", "b")
+NO_STACK = "has no stack of layers to put adapters into"
 NOT_KEPT = ("full",)
 """Methods whose YAML keeps no originals, so that there is no base beside them."""
 
@@ -80,6 +81,16 @@ def filled(example: Any, names: Rows, methods: Any) -> list[Adapter]:
     for adapter in adapters:
         adapter.requires_grad_()
     return adapters
+
+
+def filled_or_skipped(example: Any, methods: Any) -> list[Adapter]:
+    """Inject two adapters; skip where the model has nothing that the method could change."""
+    try:
+        return filled(example, "ab", methods)
+    except TargetError as error:
+        if not any(reason in str(error) for reason in (*REASONS, NO_STACK)):
+            raise
+        pytest.skip(str(error))
 
 
 def widened(example: Any, rows: int) -> None:
@@ -141,10 +152,7 @@ def alone(example: Any, rows: Rows, adapters: Sequence[Adapter]) -> dict[str, Te
 def test_each_row_is_as_with_its_adapter_alone(path: Path, kind: str, build: Build) -> None:
     example = build(KINDS[kind])
     widened(example, len(ROWS))
-    try:
-        adapters = filled(example, "ab", methods_of(path))
-    except TargetError as error:
-        pytest.skip(str(error))
+    adapters = filled_or_skipped(example, methods_of(path))
     expected = one_by_one(example, ROWS)
     wanted = alone(example, ROWS, adapters)
     switch(example.model, "b")
@@ -154,6 +162,31 @@ def test_each_row_is_as_with_its_adapter_alone(path: Path, kind: str, build: Bui
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], one_by_one(example, [None] * len(ROWS))[0], atol=1e-4)
     torch.testing.assert_close(gradients(adapters), wanted, rtol=1e-3, atol=1e-5)
+
+
+SEVERAL = (("a", "b"), ("b",), ("a", "b"), ("a",), (), ("b",))
+
+
+@pytest.mark.parametrize(("path", "kind"), cells())
+def test_rows_may_have_several_adapters(path: Path, kind: str, build: Build) -> None:
+    """Beside UniPELT, which hands inputs and gates from module to module, in all its parts."""
+    example = build(KINDS[kind])
+    kinds = {"a": methods_of(path), "b": methods_of(path.with_name("unipelt.yaml"))}
+    if reason := inapplicable(example, kinds["a"]):
+        pytest.skip(reason)
+    adapters = [inject(example.model, own, name, head=False) for name, own in kinds.items()]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for adapter in adapters for p in adapter.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    widened(example, len(SEVERAL))
+    outputs = []
+    for i, names in enumerate(SEVERAL):
+        switch(example.model, names)
+        outputs.append(example.logits()[i])
+    with mixed(example.model, SEVERAL):
+        found = example.logits()
+    torch.testing.assert_close(found, torch.stack(outputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -168,10 +201,7 @@ def test_each_row_is_as_with_its_adapter_alone(path: Path, kind: str, build: Bui
 def test_other_models(name: str, method: Method, build: Build) -> None:
     example = build(name)
     widened(example, len(ROWS))
-    try:
-        adapters = filled(example, "ab", method)
-    except TargetError as error:
-        pytest.skip(str(error))
+    adapters = filled_or_skipped(example, method)
     example.model.train()
     wanted = alone(example, ROWS, adapters)
     example.model.eval()  # the statistics of norms have been learnt on the way
