@@ -1,0 +1,45 @@
+"""Boxes drawn on an image, for a person to look at."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.images import open_image
+from lightning_peft.errors import require
+
+_COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#f032e6", "#aa6e28")
+
+
+def draw_objects(
+    image: str | Path, objects: Sequence[Mapping[str, Any]], classes: Sequence[str], folder: Path
+) -> Path:
+    """Write a copy of an image with its objects drawn, and return its path.
+
+    Args:
+        image: The file.
+        objects: `label`, `score` and `box` (left, top, right, bottom in pixels) of each.
+        classes: All of them; each has a colour.
+        folder: Where the copy goes, as PNG; of two files of one name the later has a number.
+    """
+    picture = open_image(image)
+    pen = require("PIL.ImageDraw", "detection").Draw(picture)
+    width = max(1, round(min(picture.size) / 240))
+    for one in reversed(objects):  # the surest last, on top
+        colour = _COLOURS[classes.index(one["label"]) % len(_COLOURS)]
+        left, top, *_ = one["box"]
+        pen.rectangle(one["box"], outline=colour, width=width)
+        caption = f"{one['label']} {one['score']:.2f}"
+        pen.rectangle(pen.textbbox((left + width, top + width), caption), fill=colour)
+        pen.text((left + width, top + width), caption, fill="white")
+    path = _unused(folder, Path(image).stem)
+    picture.save(path)
+    return path
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
