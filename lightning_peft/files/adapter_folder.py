@@ -36,6 +36,7 @@ from lightning_peft.files.peft import exchange
 from lightning_peft.files.peft.settings import Settings
 from lightning_peft.files.peft.spelling import Inexpressible
 from lightning_peft.files.sidecar import check_sidecar
+from lightning_peft.files.sizes import check_sizes
 from lightning_peft.fingerprint import check_fingerprint, fingerprint_for
 from lightning_peft.method import Method, inject
 from lightning_peft.structure.targets import exactly
@@ -135,6 +136,7 @@ def _load_own(
     methods = [_method(spec, f"methods[{i}]") for i, spec in enumerate(config["methods"])]
     old, new = config["name"], name or config["name"]
     tensors = parse(data, folder / TENSORS)
+    check_sizes(methods, tensors, f"`{folder / CONFIG}`")
     state = {_renamed(key, old, new): tensor for key, tensor in tensors.items()}
     if not ignore_fingerprint:
         present = fingerprint_for(model, set(config.get("replaced", state)))
@@ -154,6 +156,7 @@ def _load_theirs(model: nn.Module, folder: Path, data: bytes, name: str | None) 
     settings = Settings(values, str(folder / THEIR_CONFIG))
     with _translated(folder / THEIR_CONFIG):
         described = exchange.describe(settings, list(tensors), model)
+        check_sizes(described.methods, tensors, f"`{folder / THEIR_CONFIG}`")
         patterns = exactly(described.in_place)
         adapter = inject(model, described.methods, name or "default", train=patterns, head=False)
     with _removed_on_error(adapter, folder, str(values.get("base_model_name_or_path") or "")):

@@ -225,6 +225,11 @@ def test_a_flipped_bit_is_noticed(build: Build, tmp_path: Path) -> None:
         ({"methods": [{"_target_": "lightning_peft.Targets"}]}, "Method"),
         ({"methods": [{"_target_": "lightning_peft.LoRA", "rank": 3}]}, "rank"),
         ({"methods": [{"_target_": "lightning_peft.LoRA", "targets": "nothing"}]}, "nothing"),
+        ({"methods": [{"_target_": "lightning_peft.LoRA", "r": 10**12}]}, "hold 1"),
+        (
+            {"methods": [{"_target_": "lightning_peft.LoRA", "rank_pattern": {"query": 10**9}}]},
+            "`rank_pattern` in",
+        ),
         ({"in_place": ["nothing"]}, "nothing"),
         ({"in_place": []}, "unexpected"),
         ({"in_place": ["classifier.bias"]}, "`base_model.model.classifier.weight` has other"),
@@ -265,6 +270,17 @@ def test_a_key_of_another_kind_is_named(key: str, value: Any, build: Build, tmp_
         load_adapter(model, tmp_path)
     with pytest.raises(CheckpointError, match=f"`{key}`"):
         inspect_path(tmp_path)
+    assert_untouched(model, before)
+
+
+def test_a_rank_larger_than_all_tensors_of_pefts_is_refused(build: Build, tmp_path: Path) -> None:
+    inject(build("bert").model, LoRA(r=2)).export(tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / THEIR_CONFIG).read_text())
+    (tmp_path / "peft" / THEIR_CONFIG).write_text(json.dumps(config | {"r": 10**12}))
+    model = build("bert").model
+    before = bare(model)
+    with pytest.raises(CheckpointError, match=r"`r` in .* is 1,000,000,000,000"):
+        load_adapter(model, tmp_path / "peft")
     assert_untouched(model, before)
 
 
