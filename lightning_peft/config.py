@@ -55,6 +55,9 @@ _NUMBERS: dict[type, tuple[type, ...]] = {
 }
 """What a number may be given for: 3 where 3.0 is expected, but neither True for 1 nor 3.0 for 3."""
 
+Unbuilt = typing.Annotated[Mapping[str, Any], "unbuilt"]
+"""The type of a setting whose parts stay plain descriptions, for its owner to build when needed."""
+
 _user_packages: set[str] = set()
 
 
@@ -87,7 +90,8 @@ def instantiate_as(kind: type[_Kind], spec: Any, where: str = "") -> _Kind:
     if not (inspect.isclass(found) and issubclass(found, kind)):
         raise ConfigError(f"`{where or TARGET}` must be a {kind.__name__}, but is {spec} instead.")
     for key, part in spec.items():
-        _require_settings(part, _join(where, key))
+        if key not in _unbuilt(spec, where):
+            _require_settings(part, _join(where, key))
     return cast(_Kind, instantiate(spec, where))
 
 
@@ -115,7 +119,11 @@ def instantiate(spec: Any, where: str = "") -> Any:
             a wrong type, or the class refuses its settings.
     """
     if isinstance(spec, Mapping):
-        parts = {key: instantiate(value, _join(where, key)) for key, value in spec.items()}
+        kept = _unbuilt(spec, where)
+        parts = {
+            key: value if key in kept else instantiate(value, _join(where, key))
+            for key, value in spec.items()
+        }
         return _build(parts, where) if TARGET in spec else parts
     if isinstance(spec, (list, tuple)):
         return [instantiate(value, f"{where}[{i}]") for i, value in enumerate(spec)]
@@ -178,13 +186,54 @@ def find_target(target: Any, where: str = TARGET) -> Callable[..., Any]:
     return cast(Callable[..., Any], found)
 
 
+def find_function(target: Any, where: str) -> Callable[..., Any]:
+    """Import the function of a package of the user's own that `target` names.
+
+    Raises:
+        ConfigError: its package is not allowed (it is then not imported), it does not exist, is no
+            function, or is defined elsewhere.
+    """
+    if not isinstance(target, str) or not _is_own(target):
+        raise ConfigError(
+            f"`{where}` must be a function in a package of your own that is allowed, but is "
+            f"{target!r} instead: give it as my_package.my_function, and allow the package by "
+            f"`allow=[my_package]` on the command line, or by "
+            f"`lightning_peft.config.allow_packages('my_package')`."
+        )
+    module_name, _, name = target.rpartition(".")
+    module = _import(module_name, target, where)
+    found = getattr(module, name, None)
+    if not inspect.isfunction(found):
+        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigError(
+            f"`{where}` must name a function of `{module_name}`, but is {target!r} instead."
+            f"{near_misses(name, known)}"
+        )
+    if not _is_own(f"{found.__module__}.{found.__qualname__}"):
+        raise ConfigError(
+            f"`{where}` must be defined in a package that is allowed, but {target!r} comes from "
+            f"`{found.__module__}`."
+        )
+    return found
+
+
 def _import(module: str, target: str, where: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise
-        raise ConfigError(f"`{where}` must name a class, but {target!r} does not exist.") from error
+        raise ConfigError(
+            f"`{where}` must name what can be imported, but {target!r} does not exist."
+        ) from error
+
+
+def _unbuilt(spec: Mapping[Any, Any], where: str) -> set[str]:
+    """Return the settings of what `spec` describes whose parts are not to be built."""
+    if TARGET not in spec:
+        return set()
+    target = find_target(spec[TARGET], _join(where, TARGET))
+    return {name for name, (hint, _) in _parameters(target).items() if Unbuilt in _options(hint)}
 
 
 def check_settings(
@@ -284,6 +333,7 @@ def _options(hint: Any) -> Iterator[Any]:
 
 def _matches(value: Any, hint: Any) -> bool:
     """Tell whether `value`, as YAML gives it, is what a type hint other than a union allows."""
+    hint = _unmarked(hint)
     kind, inner = _origin(hint), typing.get_args(hint)
     if hint is Any or value is None:
         return hint in (Any, None, type(None), object)
@@ -318,7 +368,13 @@ def _origin(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
 
 
+def _unmarked(hint: Any) -> Any:
+    """Return the type itself of one that is `Annotated`."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
 def _name(hint: Any) -> str:
+    hint = _unmarked(hint)
     if hint is type(None):
         return "null"
     if _origin(hint) is typing.Literal:
@@ -346,10 +402,15 @@ def _plain(value: Any, where: str) -> Any:
 def _is_allowed(target: str) -> bool:
     if not all(part.isidentifier() for part in target.split(".")):
         return False
-    own = any(target.startswith(f"{package}.") for package in _user_packages)
-    return own or any(
+    return _is_own(target) or any(
         target.startswith(entry) if entry.endswith(".") else target == entry for entry in ALLOWED
     )
+
+
+def _is_own(target: str) -> bool:
+    """Whether `target` lies in a package that the user has allowed."""
+    named = all(part.isidentifier() for part in target.split("."))
+    return named and any(target.startswith(f"{package}.") for package in _user_packages)
 
 
 def _refusal(target: Any, where: str) -> str:

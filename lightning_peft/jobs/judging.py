@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import instantiate
@@ -26,11 +26,11 @@ class Judgement:
     metrics: dict[str, float]
     """Metrics of the task by name, without the split's prefix."""
     inputs: list[Any]
-    """What the model read of each row."""
+    """What the model read of each row that was predicted."""
     targets: list[Any]
     """What is right for each row."""
     predictions: list[dict[str, Any]]
-    """What the task predicts for each of the rows."""
+    """What the task predicts for each of the rows; none of all three for data of a user's own."""
     per_class: dict[str, dict[str, float]]
     """Label -> its scores, for example precision, recall, f1 and the number of texts."""
 
@@ -53,7 +53,7 @@ def checkpoint_of(run: RunFolder, which: str) -> Path:
     return path
 
 
-def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, RowData]:
+def load(settings: Mapping[str, Any], checkpoint: Path) -> tuple[PEFTModule, LightningDataModule]:
     """Return the module of a checkpoint, and the data with its tokenizer and labels."""
     source = instantiate(settings["model"], "model")
     module = PEFTModule.load_from_checkpoint(checkpoint, model=source)
@@ -67,7 +67,7 @@ def judge(
     checkpoint: Path,
     split: str,
     module: PEFTModule,
-    data: RowData,
+    data: LightningDataModule,
 ) -> Judgement:
     """Score a module on the rows of a split, in one process that sees each row once."""
     trainer = for_judging(settings, [progress_bar()])
@@ -77,20 +77,40 @@ def judge(
         found = trainer.test(module, loader, verbose=False)
     else:
         found = trainer.validate(module, loader, verbose=False)
-    inputs, targets = data.inputs(split), data.targets(split)
-    predictions = [
-        module.task.readable(read, prediction)
-        for read, prediction in zip(inputs, predictions_of(trainer, module, loader), strict=True)
-    ]
+    inputs, targets, predictions = _row_by_row(trainer, module, data, split, loader)
+    metrics = {name.partition("/")[2]: float(value) for name, value in found[0].items()}
     return Judgement(
         checkpoint=checkpoint,
         split=split,
-        metrics={name.partition("/")[2]: float(value) for name, value in found[0].items()},
+        metrics=metrics | module.task.scores(targets, predictions),
         inputs=inputs,
         targets=targets,
         predictions=predictions,
         per_class=module.task.by_class(targets, predictions),
     )
+
+
+def has_split(data: LightningDataModule, split: str) -> bool:
+    """Whether there are rows for `split`: validation or test."""
+    if isinstance(data, RowData):
+        return data.has_split(split)
+    name = {"validation": "val_dataloader", "test": "test_dataloader"}[split]
+    return getattr(type(data), name) is not getattr(LightningDataModule, name)
+
+
+def _row_by_row(
+    trainer: Trainer, module: PEFTModule, data: LightningDataModule, split: str, loader: Any
+) -> tuple[list[Any], list[Any], list[dict[str, Any]]]:
+    """Return what was read, what is right and what is predicted; nothing where nobody can say."""
+    if not isinstance(data, RowData) or not module.task.predicts:
+        return [], [], []
+    asked, numbers = module.task.asked(loader)
+    inputs, targets = data.inputs(split), data.targets(split)
+    if numbers is not None:
+        inputs, targets = [inputs[i] for i in numbers], [targets[i] for i in numbers]
+    readable, predictions = module.task.readable, predictions_of(trainer, module, asked)
+    shown = [readable(read, found) for read, found in zip(inputs, predictions, strict=True)]
+    return inputs, targets, shown
 
 
 def predictions_of(trainer: Trainer, module: PEFTModule, loader: Any) -> list[dict[str, Any]]:

@@ -1,19 +1,21 @@
 """`job=predict run=<folder> data.path=new.csv`: write what a run says of new rows."""
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from omegaconf import DictConfig
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import TARGET, find_target
+from lightning_peft.data.rows import RowData
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.beside import Beside, by_name
@@ -51,7 +53,8 @@ class Predict(Job):
         if self.adapters:
             predicting = Beside(module, by_name(self.adapters, module.adapter.name))
             readable = predicting.readable
-        rows, inputs = data.predict_rows(), data.inputs("predict")
+        data.setup("predict")
+        rows, inputs = _rows(data)
         with _replacing(output) as file:
             writer = RowWriter(file, output.suffix, rows, inputs, readable)
             trainer = for_judging(settings, [writer, progress_bar()])
@@ -94,13 +97,14 @@ class RowWriter(BasePredictionWriter):
         self,
         file: IO[str],
         suffix: str,
-        rows: Sequence[Mapping[str, Any]],
-        inputs: Sequence[Any],
+        rows: Iterable[Mapping[str, Any]],
+        inputs: Iterable[Any],
         readable: Callable[[Any, dict[str, Any]], Mapping[str, Any]],
     ) -> None:
         super().__init__("batch")
         self.written = 0
-        self._file, self._rows, self._inputs, self._readable = file, rows, inputs, readable
+        self._file, self._readable = file, readable
+        self._rows, self._inputs = iter(rows), iter(inputs)
         self._as_csv = suffix == ".csv"
         self._columns: list[str] = []
 
@@ -114,8 +118,9 @@ class RowWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        for i, predicted in enumerate(prediction, self.written):
-            self._write(_beside(self._rows[i], self._readable(self._inputs[i], predicted)))
+        for predicted in prediction:
+            row, read = next(self._rows), next(self._inputs)
+            self._write(_beside(row, self._readable(read, predicted)))
         self.written += len(prediction)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -127,6 +132,13 @@ class RowWriter(BasePredictionWriter):
             self._columns = list(row)
             writer.writerow(self._columns)
         writer.writerow([_cell(row[name]) for name in self._columns])
+
+
+def _rows(data: LightningDataModule) -> tuple[Iterable[Mapping[str, Any]], Iterable[Any]]:
+    """Return the rows to predict and what the model reads of them; of own data nothing is known."""
+    if isinstance(data, RowData):
+        return data.predict_rows(), data.inputs("predict")
+    return itertools.repeat({}), itertools.repeat(None)
 
 
 def _beside(row: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def _was_given(setting: str) -> bool:
 
 
 def _print(found: judging.Judgement) -> None:
-    title = f"{found.split}: {len(found.targets):,} rows, {found.checkpoint.name}"
+    rows = f"{len(found.targets):,} rows, " if found.targets else ""
+    title = f"{found.split}: {rows}{found.checkpoint.name}"
     console = open_console()
     if found.per_class:
         names = list(next(iter(found.per_class.values())))

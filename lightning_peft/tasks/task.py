@@ -43,8 +43,17 @@ class Task(abc.ABC):
     """The metric by which the best checkpoint is chosen."""
     mode: str = "min"
     """Whether the better value of `monitor` is the smaller (min) or the larger (max)."""
+    headline: str | None = None
+    """The metric that reports compare models by, without a prefix; None takes `monitor`'s."""
     suffix: str = ".csv"
     """Ending of the file that predictions are written to, unless a user names another."""
+    predicts: bool = True
+    """Whether it can say of a row what a person can read."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that reports compare models by, without a prefix."""
+        return self.headline or self.monitor.partition("/")[2]
 
     def equip(self, data: Any, source: "ModelSource") -> None:
         """Give the data what the model reads with: a tokenizer."""
@@ -73,6 +82,24 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def predictions(self, model: nn.Module, batch: Any) -> list[dict[str, Any]]:
         """Return for each row of a batch what a person can read; targets are not needed."""
+
+    def asked(self, loader: "DataLoader[Any]") -> "tuple[DataLoader[Any], Sequence[int] | None]":
+        """Return batches of the rows to predict where a split is judged, and their numbers.
+
+        All rows by default, in the loader's own batches; None stands for their numbers.
+        """
+        return loader, None
+
+    def scores(
+        self, targets: Sequence[Any], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return metrics that only finished predictions have, for example of texts; none by default.
+
+        Args:
+            targets: What is right for the rows that are `asked`, as `RowData.targets` gives it.
+            predictions: One of `predictions` for each of them, made `readable`.
+        """
+        return {}
 
     @abc.abstractmethod
     def example(self, read: Any, target: Any, prediction: Mapping[str, Any]) -> Example | None:
