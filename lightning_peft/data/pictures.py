@@ -9,7 +9,7 @@ from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.coco import read_coco
 from lightning_peft.data.images import SUFFIXES
 from lightning_peft.data.origin import SPLITS
-from lightning_peft.data.voc import read_voc, voc_folder
+from lightning_peft.data.voc import has_lists, read_voc, voc_folder
 from lightning_peft.errors import ConfigError, DataError, near_misses
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PictureOrigin:
         if not isinstance(self.path, str):
             places = dict(self.path)
             return {"predict": places["test"]} | places if "test" in places else places
-        if voc_folder(Path(self.path).expanduser()) is not None:
+        if has_lists(Path(self.path).expanduser()):
             return dict.fromkeys(SPLITS, self.path)
         return {"train": self.path, "predict": self.path}
 

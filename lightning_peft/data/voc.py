@@ -23,6 +23,11 @@ def voc_folder(place: Path) -> Path | None:
     return root if (root / ANNOTATIONS).is_dir() or (root / IMAGES).is_dir() else None
 
 
+def has_lists(place: Path) -> bool:
+    """Whether lists say which images of a folder belong to which split."""
+    return any((place / LISTS).glob("*.txt"))
+
+
 def read_voc(place: Path, split: str, bad: BadRows) -> list[dict[str, Any]] | None:
     """Return the images of a split with their objects; None where the lists have no such split.
 
@@ -60,10 +65,9 @@ def _names(root: Path, place: Path, split: str) -> list[str] | None:
             return _listed(file)
     if split == "predict":
         return [path.stem for path in _files(root / IMAGES, SUFFIXES)]
-    if (root / LISTS).is_dir() and any((root / LISTS).glob("*.txt")):
+    if has_lists(root):
         return None
-    annotated = [path.stem for path in _files(root / ANNOTATIONS, (".xml",))]
-    return annotated if split in ("train", "test") else None
+    return [path.stem for path in _files(root / ANNOTATIONS, (".xml",))]
 
 
 def _listed(file: Path) -> list[str]:
