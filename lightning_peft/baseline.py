@@ -72,11 +72,12 @@ def frozen_baselines(
     Args:
         model: A transformers model with a classification head; without an adapter.
         task: Gives the metrics, and by `monitor` the one that chooses.
-        train: Batches with `labels` and `attention_mask`; the same for `validation` and `test`.
+        train: Batches with `labels`, and of texts `attention_mask`; the same for `validation` and
+            `test`.
         validation: What the settings are chosen on.
         test: What the chosen classifiers are measured on at last.
         progress: Show a progress bar on stderr.
-        pooled: Try logistic regression too, which gives one class to a text as a whole.
+        pooled: Try logistic regression too, which gives one class to a row as a whole.
 
     Raises:
         ConfigError: The model has no base inside, or no head outside it.
@@ -208,7 +209,12 @@ def _run_base(model: nn.Module, base: nn.Module, batch: Mapping[str, Tensor]) ->
 
 
 def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Average the hidden states `(batch, tokens, d_model)` over the tokens that are no padding."""
+    """Average the hidden states over the tokens that are no padding, or over the places.
+
+    They are `(batch, tokens, d_model)`, or `(batch, channels, height, width)` of a convolution.
+    """
+    if hidden.dim() == 4:
+        return hidden.mean((2, 3))
     if mask is None:
         return hidden.mean(1)
     weights = mask.to(hidden.dtype).unsqueeze(-1)  # (batch, tokens, 1)
@@ -390,10 +396,17 @@ def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 
 
 def _by_length(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return the same rows in batches of like lengths, which have little padding to compute."""
+    """Return the same rows in a fixed order, texts in batches of like lengths.
+
+    Such batches have little padding to compute.
+    """
+    from datasets import Dataset
+
     rows: Any = loader.dataset
-    lengths = lengths_of(rows["input_ids"])
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = list(range(len(rows)))
+    if isinstance(rows, Dataset):
+        lengths = lengths_of(rows["input_ids"])
+        order.sort(key=lengths.__getitem__)
     return DataLoader(Subset(rows, order), loader.batch_size, collate_fn=loader.collate_fn)
 
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.by_length import ByLength, lengths_of
-from lightning_peft.data.origin import SPLITS, Origin
+from lightning_peft.data.origin import SPLITS
 from lightning_peft.data.sources import require_columns
 from lightning_peft.data.splits import few, sample, stratified_split, unseen
 from lightning_peft.errors import ConfigError, DataError
@@ -39,13 +39,15 @@ class Choice:
     """Seed of all draws."""
     limit: int | None = None
     """At most so many rows of each split; for trials."""
+    held_out: int | None = None
+    """At most so many rows of validation and of test, which generate texts or are else slow."""
     shots: int | None = None
     """At most so many training rows of each label."""
     skip_bad_rows: bool = False
     """Leave rows out that cannot be used, and count them, instead of stopping at the first."""
 
     def __post_init__(self) -> None:
-        _at_least_one(limit=self.limit, shots=self.shots)
+        _at_least_one(limit=self.limit, held_out=self.held_out, shots=self.shots)
         if self.test is not None and not 0 < self.test < 1 - self.validation:
             raise ConfigError(
                 f"`test` must be a share that leaves rows beside `validation` ({self.validation}), "
@@ -72,6 +74,23 @@ class Loading:
         _at_least_one(batch_size=self.batch_size)
 
 
+class Place(Protocol):
+    """Where rows come from; `Origin` for most tasks."""
+
+    def name(self, split: str) -> str:
+        """Return what a person calls the place that the rows of a split come from."""
+
+    def prepare(self) -> None:
+        """Download what is not on this machine."""
+
+    def read(self, split: str, bad: BadRows) -> "Dataset | None":
+        """Read the rows of a split; None where there is none.
+
+        Raises:
+            DataError: A file is missing or damaged, or a row is, unless `bad` leaves it out.
+        """
+
+
 class RowData(pl.LightningDataModule, abc.ABC):
     """Rows by split, read once, checked, and made into batches.
 
@@ -90,7 +109,7 @@ class RowData(pl.LightningDataModule, abc.ABC):
         loading: How batches are made of them.
     """
 
-    def __init__(self, origin: Origin, choice: Choice, loading: Loading) -> None:
+    def __init__(self, origin: Place, choice: Choice, loading: Loading) -> None:
         super().__init__()
         self.origin, self.choice, self.loading = origin, choice, loading
         self.batch_size = loading.batch_size  # where Lightning's batch-size finder looks for it
@@ -182,7 +201,9 @@ class RowData(pl.LightningDataModule, abc.ABC):
             self._split_training_rows()
         elif stage == "test" and stage not in self._rows:
             held_out = self._test_rows()
-            self._rows["test"] = self._limited(self.table("test") if held_out is None else held_out)
+            self._rows["test"] = self._held_out(
+                self.table("test") if held_out is None else held_out
+            )
         elif stage == "predict" and stage not in self._rows:
             self._rows["predict"] = self.table("predict")
 
@@ -247,7 +268,7 @@ class RowData(pl.LightningDataModule, abc.ABC):
         new = self._without(train, validation)
         self.dropped += len(train) - len(new)
         if self.dropped:
-            rank_zero_info(f"Left out {self.dropped:,} training rows whose text is held out too.")
+            rank_zero_info(f"Left out {self.dropped:,} training rows that are held out too.")
         if len(new) == 0:
             raise DataError(
                 f"`path` must give training rows that are not held out too, but all of "
@@ -255,7 +276,7 @@ class RowData(pl.LightningDataModule, abc.ABC):
             )
         if self.choice.shots is not None:
             new = new.select(few(self.strata("train", new), self.choice.shots, self.choice.seed))
-        self._rows |= {"train": self._limited(new), "validation": self._limited(validation)}
+        self._rows |= {"train": self._limited(new), "validation": self._held_out(validation)}
 
     def _test_share(self) -> float:
         """Return the share of the training rows that is drawn for the test, 0 for none."""
@@ -284,6 +305,11 @@ class RowData(pl.LightningDataModule, abc.ABC):
 
     def _limited(self, rows: "Dataset") -> "Dataset":
         return rows.select(sample(len(rows), self.choice.limit, self.choice.seed))
+
+    def _held_out(self, rows: "Dataset") -> "Dataset":
+        """Return validation or test rows that are used."""
+        limited = self._limited(rows)
+        return limited.select(sample(len(limited), self.choice.held_out, self.choice.seed))
 
     def _read(self, split: str) -> "Dataset | None":
         """Read and check a split once; None where there is none."""
