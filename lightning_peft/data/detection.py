@@ -5,14 +5,13 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.images import open_image
-from lightning_peft.data.origin import Origin
 from lightning_peft.data.pictures import PictureOrigin
 from lightning_peft.data.rows import Choice, Loading, RowData
 from lightning_peft.errors import ConfigError, DataError, near_misses
@@ -76,7 +75,7 @@ class DetectionData(RowData):
         if not 0 <= flip <= 1:
             raise ConfigError(f"`flip` must be a probability, but is {flip} instead.")
         super().__init__(
-            cast(Origin, PictureOrigin(path=path, images=images)),
+            PictureOrigin(path=path, images=images),
             Choice(validation=validation, seed=seed, limit=limit, skip_bad_rows=skip_bad_rows),
             Loading(batch_size=batch_size, num_workers=num_workers),
         )

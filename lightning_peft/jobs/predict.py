@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from lightning_peft.jobs.trainers import for_judging
 from lightning_peft.report import open_console
 
 _FORMATS = (".csv", ".jsonl")
+Draw = Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +51,27 @@ class Predict(Job):
         output = self._output(settings["data"].get("path"), run.path, task.suffix)
         module, data = judging.load(settings, judging.checkpoint_of(run, self.checkpoint))
         predicting: Any = module
-        readable = module.task.readable
+        readable, pictures = module.task.readable, output.with_suffix(".pictures")
+        draw: Draw | None = partial(module.task.draw, folder=pictures)
         if self.adapters:
             predicting = Beside(module, by_name(self.adapters, module.adapter.name))
-            readable = predicting.readable
+            readable, draw = predicting.readable, None
         data.setup("predict")
         rows, inputs = _rows(data)
         with _replacing(output) as file:
-            writer = RowWriter(file, output.suffix, rows, inputs, readable)
+            writer = RowWriter(file, output.suffix, rows, inputs, readable, draw)
             trainer = for_judging(settings, [writer, progress_bar()])
             trainer.predict(predicting, data.predict_dataloader(), return_predictions=False)
         console = open_console()
         console.print(f"{writer.written:,} rows written to {output}", soft_wrap=True)
+        if pictures.is_dir():
+            console.print(f"pictures in {pictures}", soft_wrap=True)
 
     def _output(self, source: Any, folder: Path, suffix: str) -> Path:
-        source = source.get("predict", source.get("test")) if isinstance(source, dict) else source
-        default = f"{source}.predictions{suffix}" if source else folder / f"predictions{suffix}"
+        while isinstance(source, dict):  # by split, and parallel text by side
+            source = next((source[k] for k in ("source", "predict", "test") if k in source), None)
+        beside = f"{source}".rstrip("/")  # a folder can be given as `images/`
+        default = f"{beside}.predictions{suffix}" if source else folder / f"predictions{suffix}"
         output = Path(self.output or default).expanduser()
         if output.suffix not in _FORMATS:
             raise ConfigError(
@@ -91,6 +98,7 @@ class RowWriter(BasePredictionWriter):
         rows: The rows in the order of the predictions.
         inputs: What the model reads of them.
         readable: Completes a prediction by what was read.
+        draw: Leaves pictures: takes what was read, the prediction, and the row's number from 1.
     """
 
     def __init__(
@@ -100,10 +108,11 @@ class RowWriter(BasePredictionWriter):
         rows: Iterable[Mapping[str, Any]],
         inputs: Iterable[Any],
         readable: Callable[[Any, dict[str, Any]], Mapping[str, Any]],
+        draw: Draw | None = None,
     ) -> None:
         super().__init__("batch")
         self.written = 0
-        self._file, self._readable = file, readable
+        self._file, self._readable, self._draw = file, readable, draw
         self._rows, self._inputs = iter(rows), iter(inputs)
         self._as_csv = suffix == ".csv"
         self._columns: list[str] = []
@@ -120,8 +129,11 @@ class RowWriter(BasePredictionWriter):
     ) -> None:
         for predicted in prediction:
             row, read = next(self._rows), next(self._inputs)
-            self._write(_beside(row, self._readable(read, predicted)))
-        self.written += len(prediction)
+            complete = self._readable(read, predicted)
+            self._write(_beside(row, complete))
+            self.written += 1
+            if self._draw is not None:
+                self._draw(read, complete, number=self.written)
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self._as_csv:

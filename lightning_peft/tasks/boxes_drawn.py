@@ -11,15 +11,18 @@ _COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#
 
 
 def draw_objects(
-    image: str | Path, objects: Sequence[Mapping[str, Any]], classes: Sequence[str], folder: Path
-) -> Path:
-    """Write a copy of an image with its objects drawn, and return its path.
+    image: str | Path,
+    objects: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    path: Path,
+) -> None:
+    """Write a copy of an image with its objects drawn.
 
     Args:
         image: The file.
         objects: `label`, `score` and `box` (left, top, right, bottom in pixels) of each.
         classes: All of them; each has a colour.
-        folder: Where the copy goes, as PNG; of two files of one name the later has a number.
+        path: Where the copy goes; the format follows from its ending.
     """
     picture = open_image(image)
     pen = require("PIL.ImageDraw", "detection").Draw(picture)
@@ -31,15 +34,5 @@ def draw_objects(
         caption = f"{one['label']} {one['score']:.2f}"
         pen.rectangle(pen.textbbox((left + width, top + width), caption), fill=colour)
         pen.text((left + width, top + width), caption, fill="white")
-    path = _unused(folder, Path(image).stem)
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
-    return path
-
-
-def _unused(folder: Path, stem: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / f"{stem}.png", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}.png"
-    return path

@@ -117,9 +117,10 @@ class ObjectDetection(Task):
             rows.append({"objects": objects})
         return rows
 
-    def draw(self, read: str, prediction: Mapping[str, Any], folder: Path) -> None:
-        """Draw the objects on the image, into a file of its name in `folder`."""
-        draw_objects(read, prediction["objects"], self._labels(), folder)
+    def draw(self, read: str, prediction: Mapping[str, Any], folder: Path, number: int) -> None:
+        """Draw the objects on a copy of the image, `<number>-<its name>.png` in `folder`."""
+        path = folder / f"{number:05d}-{Path(read).stem}.png"
+        draw_objects(read, prediction["objects"], self._labels(), path)
 
     def example(
         self, read: str, target: Sequence[Mapping[str, Any]], prediction: Mapping[str, Any]

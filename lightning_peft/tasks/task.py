@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_peft.report import Example
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.utils.data import DataLoader
     from torchmetrics import MetricCollection
 
@@ -47,6 +49,8 @@ class Task(abc.ABC):
     """The metric that reports compare models by, without a prefix; None takes `monitor`'s."""
     suffix: str = ".csv"
     """Ending of the file that predictions are written to, unless a user names another."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters that it trains side by side, each on rows of its own; empty for one."""
     predicts: bool = True
     """Whether it can say of a row what a person can read."""
 
@@ -93,7 +97,7 @@ class Task(abc.ABC):
     def scores(
         self, targets: Sequence[Any], predictions: Sequence[Mapping[str, Any]]
     ) -> dict[str, float]:
-        """Return metrics that only finished predictions have, for example of texts; none by default.
+        """Return metrics that only finished predictions have, as texts do; none by default.
 
         Args:
             targets: What is right for the rows that are `asked`, as `RowData.targets` gives it.
@@ -114,6 +118,18 @@ class Task(abc.ABC):
     def readable(self, read: Any, prediction: dict[str, Any]) -> dict[str, Any]:
         """Complete a prediction by what only the row itself tells, before it is written."""
         return prediction
+
+    def draw(  # noqa: B027
+        self, read: Any, prediction: Mapping[str, Any], folder: "Path", number: int
+    ) -> None:
+        """Leave a picture of a prediction that was written; none by default.
+
+        Args:
+            read: What the model read, as `RowData.inputs` gives it.
+            prediction: Made `readable`.
+            folder: Beside the file of the predictions.
+            number: Which row of that file it is, from 1.
+        """
 
     def by_class(
         self, targets: Sequence[Any], predictions: Sequence[Mapping[str, Any]]
