@@ -3,6 +3,7 @@
 The recipe is plain data, so a checkpoint can store it instead of the frozen weights.
 """
 
+import abc
 import dataclasses
 import enum
 import functools
@@ -37,12 +38,21 @@ class HubAnswer(enum.Enum):
     UNREACHABLE = "is not on this machine and the hub cannot be reached"
 
 
+class TrainedBase(abc.ABC):
+    """Recipe for a base that this machine trains itself, once, where none can be had."""
+
+    @abc.abstractmethod
+    def folder(self) -> Path:
+        """Return the folder of the trained model, which the first call trains."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Recipe for a pretrained base.
 
-    An installed `package` is used first, then a folder called `name`, then the hub. A package is
-    only read, never imported, and remote code is never run.
+    A base that is `trained` on this machine comes first. Else an installed `package` is used, then
+    a folder called `name`, then the hub. A package is only read, never imported, and remote code is
+    never run.
 
     Example:
         >>> source = ModelSource(name="sentence-transformers/all-MiniLM-L6-v2")
@@ -65,6 +75,8 @@ class ModelSource:
     converter: str | None = None
     """Module of `lightning_peft.conversions` that reads the package's file of another form and
     turns it, once, into a folder in the hub's cache. The hub's own files are used as is."""
+    trained: TrainedBase | None = None
+    """How this machine trains the base the first time it is needed; `name` is then only a name."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: str = "float32"
@@ -91,13 +103,15 @@ class ModelSource:
             converter(self.converter)
 
     def path(self) -> str:
-        """Return the package's folder, the local folder, or the hub id.
+        """Return the trained base's folder, the package's, the local one, or the hub id.
 
         For a `gguf_file` or with a `converter` it is the folder that was made of the file.
 
         Raises:
             ConfigError: None of them can be reached, or a packaged file has another digest.
         """
+        if self.trained is not None:
+            return str(self.trained.folder())
         folder = self._package_folder()
         if folder is None and Path(self.name).expanduser().is_dir():
             folder = Path(self.name).expanduser()

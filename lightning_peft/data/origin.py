@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.drug_reviews import read_drug_reviews
 from lightning_peft.data.packaged import located
+from lightning_peft.data.parallel import read_parallel
 from lightning_peft.data.reviews import read_reviews
 from lightning_peft.data.sources import read_file, read_hub
 from lightning_peft.errors import ConfigError, near_misses
@@ -32,10 +33,11 @@ class Origin:
         ConfigError: None of them is given, or a name is unknown.
     """
 
-    path: str | Mapping[str, str] | None = None
+    path: str | Mapping[str, str | Mapping[str, str]] | None = None
     """One file, for `predict` the one to judge and else the one to train on; or files by split.
 
-    `package://<package>/<file>` is a file of an installed package.
+    `package://<package>/<file>` is a file of an installed package. A split may have several plain
+    files by column, whose lines belong together.
     """
     hub: str | None = None
     """Name of a data set on the hub."""
@@ -68,8 +70,8 @@ class Origin:
                     f"instead.{near_misses(name, SPLITS)}"
                 )
 
-    def files(self) -> dict[str, str]:
-        """Return the files by split."""
+    def files(self) -> dict[str, str | Mapping[str, str]]:
+        """Return the files by split; those of parallel text by column."""
         if self.path is None:
             return {}
         if isinstance(self.path, str):
@@ -80,7 +82,9 @@ class Origin:
     def name(self, split: str) -> str:
         """Return what a person calls the place that the rows of a split come from."""
         if self.path is not None:
-            return f"`{self.files().get(split, self.path)}`"
+            files = self.files().get(split, self.path)
+            names = [files] if isinstance(files, str) else files.values()
+            return " and ".join(f"`{name}`" for name in names)
         return f"`{self.hub or self.source}` ({split})"
 
     def prepare(self) -> None:
@@ -98,6 +102,8 @@ class Origin:
             file = self.files().get(split)
             if file is None:
                 return None
+            if not isinstance(file, str):
+                return read_parallel({k: located(name) for k, name in file.items()}, bad)
             kind = self.format or self.formats.get(Path(file).suffix.lower())
             return read_file(located(file), kind, self.columns, bad)
         name = "test" if split == "predict" else split

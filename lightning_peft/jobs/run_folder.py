@@ -93,6 +93,8 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     for group, key in (("model", "name"), ("data", "path")):
         if key in settings[group]:
             settings[group][key] = _absolute(settings[group][key])
+    if settings["model"].get("trained"):
+        settings["model"]["trained"] = _absolute(settings["model"]["trained"])
     return {str(key): value for key, value in settings.items()}
 
 

@@ -1,0 +1,81 @@
+"""Parallel text: plain files with a sentence a line, whose lines belong together by number."""
+
+import gzip
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.errors import DataError, near_misses
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read_parallel(files: Mapping[str, str], bad: BadRows) -> "Dataset":
+    """Read files line by line into a column each; empty lines stay, for rows are told by number.
+
+    Args:
+        files: Their paths by the column's name; a name that ends in `.gz` is unpacked.
+        bad: What becomes of rows with a line that is not UTF-8.
+
+    Raises:
+        DataError: A file is missing, damaged or empty, the files have different numbers of lines,
+            or a line is not UTF-8.
+    """
+    from datasets import Dataset
+
+    columns = {name: _lines(existing(file)) for name, file in files.items()}
+    counts = {files[name]: len(lines) for name, lines in columns.items()}
+    if len(set(counts.values())) > 1:
+        found = " and ".join(f"`{file}` has {count:,}" for file, count in counts.items())
+        raise DataError(
+            f"parallel files must have as many lines as each other, but {found}: line n of one "
+            f"belongs to line n of the other, so find the line that is missing."
+        )
+    unreadable = {
+        i: f"`{files[name]}` must be UTF-8, but is not in line {i + 1:,}: convert the file."
+        for name, lines in columns.items()
+        for i, line in enumerate(lines)
+        if not _is_utf8(line)
+    }
+    for i, reason in sorted(unreadable.items()):
+        bad.refuse(reason, i + 1)
+    kept = {
+        name: [line for i, line in enumerate(lines) if i not in unreadable]
+        for name, lines in columns.items()
+    }
+    return Dataset.from_dict(kept)
+
+
+def existing(file: str) -> Path:
+    """Return the path of a file.
+
+    Raises:
+        DataError: It does not exist; near misses are named.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = near_misses(path.name, siblings)
+        raise DataError(f"`path` must be a file, but {str(path)!r} does not exist.{close}")
+    return path
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines without their ends; bytes that are not UTF-8 become lone surrogates."""
+    read = gzip.open if path.suffix == ".gz" else open
+    try:
+        # No other character but the line feed parts sentences, not even a lone carriage return.
+        with read(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            lines = [line.rstrip("\r\n") for line in file]
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"`{path}` cannot be read: {error}.") from error
+    if not lines:
+        raise DataError(f"`{path}` must hold at least one line, but has none.")
+    return lines
+
+
+def _is_utf8(line: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in line)

@@ -1,0 +1,262 @@
+"""What translation and summarisation share: learn to write texts, and write them."""
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchmetrics import Metric, MetricCollection
+
+from lightning_peft.baseline import Baseline, untouched_baseline
+from lightning_peft.data.generation import GenerationData
+from lightning_peft.data.splits import sample
+from lightning_peft.data.text_pairs import IGNORED, TextPairs
+from lightning_peft.errors import ConfigError
+from lightning_peft.report import Example
+from lightning_peft.tasks.outputs import logits_of, require_labels
+from lightning_peft.tasks.task import StepOutput, Task, model_inputs
+
+if TYPE_CHECKING:
+    from lightning_peft.models import ModelSource
+
+
+class TokenAccuracy(Metric):
+    """Share of target tokens that the model thinks the likeliest after the right ones before."""
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    right: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add tokens by number, both `(tokens,)`."""
+        self.right += (predictions == targets).sum()
+        self.tokens += targets.numel()
+
+    def compute(self) -> Tensor:
+        """Return the share, a scalar."""
+        return self.right / self.tokens
+
+
+class TextGeneration(Task):
+    """Write a text for each text; a task says by `scores` what such a text is worth.
+
+    The model is causal or an encoder-decoder of transformers and reads batches of `PairCollator`.
+    The loss is the mean cross-entropy over the target tokens of a batch, each predicted after the
+    right ones before it, which is all that a validation within a fit computes. Where a split is
+    judged, texts are generated too, for a sample of its rows, and scored.
+
+    Args:
+        max_new_tokens: Tokens of a generated text at most.
+        beams: Width of the beam search; 1 decodes greedily.
+        samples: So many rows of a split are generated for when it is judged; None takes all.
+
+    Raises:
+        ConfigError: A number is below 1.
+    """
+
+    monitor = "val/loss"
+    suffix = ".jsonl"
+
+    def __init__(self, max_new_tokens: int = 64, beams: int = 1, samples: int | None = 64) -> None:
+        settings = {"max_new_tokens": max_new_tokens, "beams": beams, "samples": samples}
+        for name, value in settings.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"`{name}` must be at least 1, but is {value} instead.")
+        self.max_new_tokens, self.beams, self.samples = max_new_tokens, beams, samples
+        self._pairs: TextPairs | None = None
+
+    def equip(self, data: GenerationData, source: "ModelSource") -> None:
+        data.connect(source.tokenizer(), encoder_decoder=_is_encoder_decoder(source))
+        self._pairs = data.pairs
+
+    def connect(self, data: GenerationData) -> "TextGeneration":
+        """Take from the data how the model reads and writes."""
+        self._pairs = data.pairs
+        return self
+
+    def load_model(self, source: "ModelSource") -> nn.Module:
+        seq2seq = _is_encoder_decoder(source)
+        model = source.load("AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM")
+        if seq2seq:
+            _tell_tokens(model.config, source.tokenizer())
+        _forget_decoding(model)
+        return model
+
+    def metrics(self) -> MetricCollection:
+        return MetricCollection({"accuracy": TokenAccuracy()})
+
+    def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepOutput:
+        """Return the mean cross-entropy of the target tokens; the likeliest ones as predictions."""
+        require_labels(batch, "targets")
+        logits, targets = _target_logits(model, batch)
+        return StepOutput(cross_entropy(logits, targets), logits.argmax(-1), targets)
+
+    @torch.no_grad()
+    def predictions(self, model: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the generated text for each row of a batch to be answered."""
+        from transformers import GenerationConfig
+
+        pairs, given = self._reading(), model_inputs(batch)
+        settings: Any = model.config
+        found = model.generate(  # type: ignore[operator]
+            **given,
+            generation_config=GenerationConfig(
+                max_new_tokens=self.max_new_tokens,
+                num_beams=self.beams,
+                do_sample=False,
+                eos_token_id=pairs.end,
+                pad_token_id=pairs.padding,
+                decoder_start_token_id=getattr(settings, "decoder_start_token_id", None),
+            ),
+        )
+        begin = 1 if pairs.encoder_decoder else given["input_ids"].shape[1]
+        return [{"text": pairs.text(row)} for row in found[:, begin:].tolist()]
+
+    def asked(self, loader: DataLoader[Any]) -> tuple[DataLoader[Any], Sequence[int]]:
+        """Return batches to be answered of a sample of rows, drawn by a fixed seed."""
+        rows: Any = loader.dataset
+        numbers = sample(len(rows), self.samples, seed=0)
+        collate: Any = loader.collate_fn
+        asking = dataclasses.replace(collate, asks=True)
+        return DataLoader(rows.select(numbers), loader.batch_size, collate_fn=asking), numbers
+
+    @abc.abstractmethod
+    def scores(
+        self, targets: Sequence[Sequence[str]], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return what generated texts are worth.
+
+        Args:
+            targets: The right answers to each row, one or several.
+            predictions: One of `predictions` for each row.
+        """
+
+    def example(
+        self, read: str, target: Sequence[str], prediction: Mapping[str, Any]
+    ) -> Example | None:
+        return Example(text=read, gold=target[0], predicted=prediction["text"])
+
+    def baselines(
+        self,
+        model: nn.Module,
+        train: "DataLoader[Any]",
+        validation: "DataLoader[Any]",
+        test: "DataLoader[Any] | None",
+    ) -> list[Baseline]:
+        """Return what the base writes untouched."""
+        found = untouched_baseline(model, self, validation, test)
+        own = dict(found.validation) | self._generated(model, validation)
+        held_out = dict(found.test) | (self._generated(model, test) if test is not None else {})
+        return [dataclasses.replace(found, validation=own, test=held_out)]
+
+    def check(self, model: nn.Module, data: GenerationData) -> None:
+        """Compare the model with the batches.
+
+        Raises:
+            ConfigError: The model is of the other kind, or lacks what generation needs.
+        """
+        self.connect(data)
+        config: Any = getattr(model, "config", None)
+        found = bool(getattr(config, "is_encoder_decoder", False))
+        if config is None or not callable(getattr(model, "generate", None)):
+            raise ConfigError(
+                f"`model` must be a transformers model that generates, but is "
+                f"{type(model).__name__} instead."
+            )
+        if found != data.pairs.encoder_decoder:
+            kinds = {True: "an encoder-decoder", False: "a causal model"}
+            raise ConfigError(
+                f"`data` must be connected for {kinds[found]}, which {type(model).__name__} is, "
+                f"but is for {kinds[not found]}: call "
+                f"`data.connect(tokenizer, encoder_decoder={found})`."
+            )
+
+    def to_spec(self) -> dict[str, Any]:
+        from lightning_peft.config import target_of
+
+        return {
+            "_target_": target_of(type(self)),
+            "max_new_tokens": self.max_new_tokens,
+            "beams": self.beams,
+            "samples": self.samples,
+        }
+
+    def _generated(self, model: nn.Module, loader: "DataLoader[Any]") -> dict[str, float]:
+        targets: list[Sequence[str]] = []
+        predictions: list[dict[str, Any]] = []
+        device = next(model.parameters()).device
+        for batch in self.asked(loader)[0]:
+            targets += batch["row_references"]
+            tensors = {name: value.to(device) for name, value in model_inputs(batch).items()}
+            predictions += self.predictions(model, tensors)
+        return self.scores(targets, predictions)
+
+    def _reading(self) -> TextPairs:
+        if self._pairs is None:
+            raise ConfigError(
+                "`equip(data, source)` or `connect(data)` must be called before texts are "
+                "generated."
+            )
+        return self._pairs
+
+
+def _is_encoder_decoder(source: "ModelSource") -> bool:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        source.path(), revision=source.revision, trust_remote_code=False
+    )
+    return bool(config.is_encoder_decoder)
+
+
+def _tell_tokens(config: Any, tokenizer: Any) -> None:
+    """Let a model that was put together of two know how its decoder's rows begin and are filled."""
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.decoder_start_token_id is None:
+        starts = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        config.decoder_start_token_id = next(token for token in starts if token is not None)
+
+
+def _forget_decoding(model: Any) -> None:
+    """Drop the settings of decoding that came with a base: those of the task hold."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+
+
+def _target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the logits `(targets, vocabulary)` of all target tokens, and these `(targets,)`."""
+    labels = batch["labels"]  # (rows, tokens)
+    given = dict(batch)
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        given["decoder_input_ids"] = _shifted(labels, config)
+    else:
+        labels = labels[:, 1:]  # what each token is followed by
+        counted = (labels != IGNORED).any(0).nonzero().flatten()
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            given["logits_to_keep"] = counted  # those of the prompt would take time and memory
+            labels = labels[:, counted]
+    logits = logits_of(model, given, "(rows, tokens, vocabulary)", "text generation")
+    counts = labels != IGNORED
+    return logits[:, : labels.shape[1]][counts], labels[counts]
+
+
+def _shifted(labels: Tensor, config: Any) -> Tensor:
+    """Return what the decoder reads: the start token and the targets but for the last."""
+    start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+    before = labels[:, :-1]
+    return torch.cat([start, before.masked_fill(before == IGNORED, config.pad_token_id)], 1)
