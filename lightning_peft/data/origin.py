@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.chitchat import read_chitchat
 from lightning_peft.data.drug_reviews import read_drug_reviews
 from lightning_peft.data.packaged import located
 from lightning_peft.data.parallel import read_parallel
@@ -21,6 +22,7 @@ SPLITS = ("train", "validation", "test", "predict")
 SOURCES: dict[str, Callable[[], dict[str, "Dataset"]]] = {
     "reviews": read_reviews,
     "drug_reviews": read_drug_reviews,
+    "chitchat": read_chitchat,
 }
 """Data that packages carry in forms of their own, by the name that `source` gives: all splits."""
 
@@ -44,7 +46,7 @@ class Origin:
     hub_config: str | None = None
     """Its configuration, where it has several."""
     source: str | None = None
-    """Data that a package carries: `reviews` or `drug_reviews`."""
+    """Data that a package carries: `reviews`, `drug_reviews` or `chitchat`."""
     format: str | None = None
     """Format of the files; None takes it from each name."""
     formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
