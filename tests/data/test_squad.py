@@ -109,7 +109,7 @@ def test_a_bad_line_is_left_out_when_asked(tmp_path):
 
 def test_a_damaged_document_names_its_line(tmp_path):
     text = json.dumps(nested(question()), indent=1).replace('"qas"', "qas")
-    with pytest.raises(DataError, match="questions.json` is damaged in line 9"):
+    with pytest.raises(DataError, match=r"questions\.json` is damaged in line 9"):
         read(write(tmp_path, text))
     with pytest.raises(DataError, match="at least one row, but has none"):
         read(write(tmp_path, {"data": []}))
