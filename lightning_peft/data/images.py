@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_peft.errors import DataError, near_misses, require
 
@@ -86,7 +86,7 @@ def _rgb(image: "Image", name: str) -> "Image":
         if image.mode == "F":
             raise DataError(f"the image {name} must have whole numbers, but has fractions instead.")
         return image.convert("RGB")
-    lowest, highest = image.getextrema()
+    lowest, highest = cast(tuple[int, int], image.getextrema())
     if lowest < 0 or highest > _MOST:
         raise DataError(
             f"the image {name} must have values from 0 to {_MOST:,}, but has {lowest:,} to "

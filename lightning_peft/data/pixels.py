@@ -60,12 +60,12 @@ def augmentations(settings: Mapping[str, Mapping[str, Any]]) -> nn.Module:
         MissingExtraError: kornia is not installed.
     """
     kornia: Any = require("kornia.augmentation", "images")
-    known = {
+    known: dict[str, Any] = {
         name: kind
         for name, kind in inspect.getmembers(kornia, inspect.isclass)
         if issubclass(kind, kornia.AugmentationBase2D) and not name.endswith("Base2D")
     }
-    steps = []
+    steps: list[nn.Module] = []
     for name, given in settings.items():
         if name not in known:
             raise ConfigError(
@@ -88,7 +88,8 @@ class Pixels(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Of the images' paths or names."""
     labels: Sequence[int] | None
     """Number of each image's label; None to predict."""
-    processor: "BaseImageProcessor"
+    processor: Any
+    """Of the model."""
     settings: Mapping[str, Any]
     """What the processor must do otherwise than it was saved."""
     augmentation: nn.Module | None = None
