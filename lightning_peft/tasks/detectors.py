@@ -42,7 +42,7 @@ def load_detector(
     if settings is None:
         return source.load(_AUTO, **named)
     base = source.load("AutoModel")
-    model = _built(base, {**settings, **named})
+    model = _built(base, dict(settings), named)
     backbone = _place_of(base, model)
     model.get_submodule(backbone).load_state_dict(base.state_dict())
     own = {f"{backbone}.{name}" for name, _ in base.named_parameters()}
@@ -51,27 +51,48 @@ def load_detector(
     return model.eval()  # the mode that `from_pretrained` returns
 
 
-def _built(base: Any, settings: dict[str, Any]) -> Any:
+def _built(base: Any, settings: dict[str, Any], named: Mapping[str, Any]) -> Any:
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-    kind = settings.pop("type", None)
-    if kind not in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
-        kinds = list(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES)
-        raise ConfigError(
-            f"`detector.type` must be a detector of transformers ({', '.join(kinds)}), but is "
-            f"{kind!r} instead.{near_misses(str(kind), kinds)}"
-        )
+    kind, chosen = settings.pop("type", None), settings.pop("backbone", {})
+    _require_settings(kind, settings)
     own = {k: v for k, v in base.config.to_dict().items() if k not in _CHOSEN}
-    backbone = {**own, **settings.pop("backbone", {})}
     try:
-        config = transformers.AutoConfig.for_model(kind, backbone_config=backbone, **settings)
+        config = transformers.AutoConfig.for_model(
+            str(kind), backbone_config={**own, **chosen}, **settings, **named
+        )
         return getattr(transformers, _AUTO).from_config(config, dtype=base.dtype)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"`detector` must be settings of {kind} on {type(base).__name__}, but: {first}"
         ) from error
+
+
+def _require_settings(kind: Any, settings: Mapping[str, Any]) -> None:
+    """Check that there is such a detector, and that it has such settings."""
+    import transformers
+
+    kinds = list(_detectors())
+    if kind not in kinds:
+        raise ConfigError(
+            f"`detector.type` must be a detector of transformers ({', '.join(kinds)}), but is "
+            f"{kind!r} instead.{near_misses(str(kind), kinds)}"
+        )
+    known = transformers.AutoConfig.for_model(str(kind)).to_dict()
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                f"`detector.{name}` must be a setting of {kind}, but is none."
+                f"{near_misses(name, known)}"
+            )
+
+
+def _detectors() -> Mapping[str, str]:
+    """Return transformers' detectors: kind -> class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+    return MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 
 def _place_of(base: nn.Module, model: nn.Module) -> str:
@@ -84,6 +105,11 @@ def _place_of(base: nn.Module, model: nn.Module) -> str:
         f"`detector` must have a backbone like {type(base).__name__}, but no part of "
         f"{type(model).__name__} has its tensors: set `detector.backbone`, or take another type."
     )
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' detectors."""
+    return any(cls.__name__ in _detectors().values() for cls in type(model).__mro__)
 
 
 def takes_mask(model: nn.Module) -> bool:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_peft.baseline import Baseline
-from lightning_peft.errors import ConfigError, DataError, require
+from lightning_peft.errors import ConfigError, require
 from lightning_peft.report import Example
 from lightning_peft.tasks.box_matches import agreement
 from lightning_peft.tasks.box_scores import BoxScore, score_names
 from lightning_peft.tasks.boxes_drawn import draw_objects
 from lightning_peft.tasks.constant_boxes import constant_boxes
-from lightning_peft.tasks.detectors import decoded, load_detector, takes_mask
-from lightning_peft.tasks.outputs import agreed, require_labels
+from lightning_peft.tasks.detectors import decoded, is_detector, load_detector, takes_mask
+from lightning_peft.tasks.outputs import agreed, check_outputs, require_labels
 from lightning_peft.tasks.task import StepOutput, Task
 
 if TYPE_CHECKING:
@@ -166,20 +166,19 @@ class ObjectDetection(Task):
         ]
 
     def check(self, model: nn.Module, data: BoxData) -> None:
-        """Compare the classes of the data with the head, and their number with the queries.
+        """Compare the classes of the data with the head.
 
         Raises:
             ConfigError: The model is no detector.
-            DataError: The head has other classes, or an image more objects than there are queries.
+            DataError: The head has another number of classes.
         """
-        self.connect(data)
-        settings = getattr(model, "config", None)
-        outputs = getattr(settings, "num_labels", None)
-        if outputs is not None and outputs != len(self._labels()):
-            raise DataError(
-                f"`data.classes` must be as many as the model has outputs ({outputs}), but is "
-                f"{', '.join(self._labels())} instead."
+        if not is_detector(model):
+            raise ConfigError(
+                f"`model` must be a detector of transformers, such as YOLOS or DETR, but is "
+                f"{type(model).__name__}: take another, or set `task.detector` to build one on it."
             )
+        self.connect(data)
+        check_outputs(model, self._labels(), "data.classes")
 
     def to_spec(self) -> dict[str, Any]:
         from lightning_peft.config import target_of
