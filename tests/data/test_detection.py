@@ -169,7 +169,9 @@ def test_a_box_that_reaches_over_by_a_pixel_is_cut(voc):
 
 def test_an_unknown_class_is_told_with_near_misses(voc):
     (voc / "Annotations/test_1.xml").write_text(annotation([("rad", [1, 1, 9, 9])]))
-    with pytest.raises(DataError, match=r"object 1 \(rad\) .* one of blue, red. Did you mean `red`"):
+    with pytest.raises(
+        DataError, match=r"object 1 \(rad\) .* one of blue, red. Did you mean `red`"
+    ):
         connected(voc).setup("test")
 
 
@@ -262,7 +264,7 @@ def test_a_file_that_is_not_coco_is_told(tmp_path, text, message):
 
 
 def test_places_that_do_not_fit_are_told(voc, tmp_path):
-    with pytest.raises(DataError, match="'.*vocs' does not exist. Did you mean `voc`"):
+    with pytest.raises(DataError, match=r"'.*vocs' does not exist\. Did you mean `voc`"):
         connected(tmp_path / "vocs").setup("fit")
     with pytest.raises(DataError, match="must be a VOC folder"):
         connected(voc / "JPEGImages").setup("fit")
