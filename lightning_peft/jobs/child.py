@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from lightning_peft.jobs.run_folder import FOLDER_VARIABLE
+
+COMMAND = [sys.executable, "-m", "lightning_peft.cli"]
+"""What stands for `lightning-peft`, also where its script is not on the path."""
 
 _LINES = 50  # of the log in which the reason of a failure is looked for
 
@@ -33,33 +37,43 @@ def run_command(arguments: Sequence[str], log: Path, show: Callable[[str], None]
         KeyboardInterrupt: This process was interrupted; the command has saved and ended.
         SystemExit: This process was asked to end; so was the command.
     """
-    env = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
     last: deque[str] = deque(maxlen=_LINES)
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "lightning_peft.cli", *arguments],
+            [*COMMAND, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={**env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=environment(),
             process_group=0,
         ) as process,
-        _passed_on(process),
+        _passed_on(process, file),
     ):
-        for line in process.stdout or ():
-            file.write(line)
-            file.flush()
-            last.append(line.rstrip())
-            show(line.rstrip())
+        for line in _lines(process, file):
+            last.append(line)
+            show(line)
         code = process.wait()
     return _reason(code, list(last)) if code else ""
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of a command: it finds what this process can import."""
+    kept = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def _lines(process: "subprocess.Popen[str]", log: TextIO) -> Iterator[str]:
+    for line in process.stdout or ():
+        log.write(line)
+        log.flush()
+        yield line.rstrip()
+
+
 @contextmanager
-def _passed_on(process: "subprocess.Popen[str]") -> Iterator[None]:
+def _passed_on(process: "subprocess.Popen[str]", log: TextIO) -> Iterator[None]:
     """Pass on to the command what ends this process, and let it save what it has."""
     before = signal.signal(signal.SIGTERM, _exit)
     try:
@@ -68,7 +82,7 @@ def _passed_on(process: "subprocess.Popen[str]") -> Iterator[None]:
         interrupted = isinstance(stop, KeyboardInterrupt)
         os.killpg(process.pid, signal.SIGINT if interrupted else signal.SIGTERM)
         try:
-            process.communicate()
+            deque(_lines(process, log), maxlen=0)
         except BaseException:  # a second Ctrl-C, of one who does not want to wait
             os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -48,7 +48,7 @@ class Plan:
         if not (run / saved.CONFIG).is_file():
             return
         kept, wanted = saved.read(run), yaml.safe_load(yaml.safe_dump(redact(self.settings)))
-        for key in sorted(wanted.keys() - {"run", "folder", "job"}):
+        for key in sorted(wanted.keys() - {"run", "folder", "job", "title"}):
             if kept.get(key) != wanted[key]:
                 raise ConfigError(
                     f"`folder` holds a run of {self.name} with another `{key}`: "
