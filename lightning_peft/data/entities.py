@@ -42,6 +42,7 @@ class EntityData(RowData):
             `predict` plain lines.
         hub: Name of a data set on the hub.
         hub_config: Its configuration, where it has several.
+        source: Data that a package carries: conll2003.
         format: Format of the files (conll, jsonl, parquet, csv, tsv, txt); None takes it from each
             name.
         tokens: Column of the words.
@@ -58,6 +59,7 @@ class EntityData(RowData):
         skip_bad_rows: Leave rows out that cannot be used, and count them.
         by_length: Train on batches of like lengths, which have little padding.
         num_workers: Processes that load batches.
+        streaming: Leave the training rows on disk or the hub, and read them block by block.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class EntityData(RowData):
         path: str | Mapping[str, str] | None = None,
         hub: str | None = None,
         hub_config: str | None = None,
+        source: str | None = None,
         format: str | None = None,  # noqa: A002  # the word that users know
         tokens: str = "tokens",
         label: str = "labels",
@@ -80,11 +83,17 @@ class EntityData(RowData):
         skip_bad_rows: bool = False,
         by_length: bool = False,
         num_workers: int = 0,
+        streaming: bool = False,
     ) -> None:
         super().__init__(
-            Origin(path=path, hub=hub, hub_config=hub_config, format=format),
+            Origin(path=path, hub=hub, hub_config=hub_config, source=source, format=format),
             Choice(validation=validation, seed=seed, limit=limit, skip_bad_rows=skip_bad_rows),
-            Loading(batch_size=batch_size, num_workers=num_workers, by_length=by_length),
+            Loading(
+                batch_size=batch_size,
+                num_workers=num_workers,
+                by_length=by_length,
+                streaming=streaming,
+            ),
         )
         self.tokens, self.label, self.text, self.scheme = tokens, label, text, scheme
         self.max_length = max_length

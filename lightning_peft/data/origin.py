@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.chitchat import read_chitchat
+from lightning_peft.data.conll2003 import read_conll2003
 from lightning_peft.data.drug_reviews import read_drug_reviews
 from lightning_peft.data.packaged import located
 from lightning_peft.data.parallel import read_parallel
@@ -23,6 +24,7 @@ SOURCES: dict[str, Callable[[], dict[str, "Dataset"]]] = {
     "reviews": read_reviews,
     "drug_reviews": read_drug_reviews,
     "chitchat": read_chitchat,
+    "conll2003": read_conll2003,
 }
 """Data that packages carry in forms of their own, by the name that `source` gives: all splits."""
 
