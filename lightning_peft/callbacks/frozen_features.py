@@ -71,6 +71,14 @@ class FrozenFeatures(Callback):
             self._tell(batch)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._forget()  # there is no teardown then
+
+    def _forget(self) -> None:
         if self._module is not None:
             self._module.__class__ = without(cast(type, type(self._module)), _Remembering)
             del self._module.__dict__["_peft_memory"]

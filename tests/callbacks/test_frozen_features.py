@@ -124,8 +124,10 @@ def test_batches_without_views_are_refused():
 
 
 def test_too_little_memory_is_told():
+    model = Model()
     with pytest.raises(ConfigError, match="`gigabytes` must be enough for the features"):
-        fit(Model(), FrozenFeatures("backbone", gigabytes=1e-7))
+        fit(model, FrozenFeatures("backbone", gigabytes=1e-7))
+    assert type(model.backbone) is Backbone  # a fit that fails leaves nothing behind
     with pytest.raises(ConfigError, match="`gigabytes` must be more than 0"):
         FrozenFeatures("backbone", gigabytes=0)
 

@@ -62,6 +62,17 @@ def test_a_batch_has_pixels_and_boxes(voc):
     assert pixels[2, y, x] > pixels[0, y, x]  # blue is where its box is
 
 
+@pytest.mark.parametrize("kind", ["yolos", "rt_detr", "conditional_detr", "deformable_detr"])
+def test_the_processors_of_detectors_can_be_used(voc, kind):
+    from importlib import import_module
+
+    module = import_module(f"transformers.models.{kind}.image_processing_pil_{kind}")
+    name = next(n for n in vars(module) if n.endswith("ProcessorPil") and n != "ImageProcessorPil")
+    data = DetectionData(path=str(voc), size={"height": 28, "width": 42}, batch_size=2)
+    batch = first_batch(data.connect(getattr(module, name)()))
+    assert batch["pixel_values"].shape == (2, 3, 28, 42)
+
+
 def test_a_mirrored_image_has_mirrored_boxes(voc):
     plain, mirrored = (connected(voc, flip=flip) for flip in (0.0, 1.0))
     items = [data.items("train", data.chosen("train")) for data in (plain, mirrored)]

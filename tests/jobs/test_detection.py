@@ -83,17 +83,18 @@ def test_a_folder_of_images_comes_back_with_boxes_and_drawn(
     assert drawn == ["00001-a.png", "00002-b.png"]
 
 
+_LORA = ["method=lora", "~method.freeze", "method.lora.targets=[backbone.backbone.*.q_proj]"]
+
+
 def test_an_adapter_in_the_remembered_backbone_is_refused(recipe: list[str], run: Run) -> None:
-    settings = ["method=lora", "method.lora.targets=[backbone.backbone.*.q_proj]"]
-    done = run(*recipe, *settings)
+    done = run(*recipe, *_LORA)
     assert done.code == 1
     assert "must be frozen to be remembered, but carries an adapter at" in done.err
 
 
 def test_lora_in_the_backbone_trains_without_the_memory(recipe: list[str], run: Run) -> None:
-    settings = ["method=lora", "method.lora.targets=[backbone.backbone.*.q_proj]"]
-    small = ["callbacks=default", "~callbacks.features", "job.baseline=false", "folder=run"]
-    done = run(*recipe, *settings, *small, "trainer.max_epochs=1")
+    small = ["~callbacks.features", "job.baseline=false", "folder=run", "trainer.max_epochs=1"]
+    done = run(*recipe, *_LORA, *small)
     assert done.code == 0, done.err
     report = json.loads(Path("run/report.json").read_text(encoding="utf-8"))
     assert report["results"][-1]["name"] == "lora"
