@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHAREGPT = "conversations"
+_TEXT = "text"
 _LEAST = 8  # tokens of a row
 
 
@@ -143,7 +144,8 @@ class ChatData(RowData):
         return self._format
 
     def columns(self, split: str, rows: "Dataset") -> dict[str, str | None]:
-        if self._column(rows) is not None:
+        texts = split == "predict" and _TEXT in rows.column_names
+        if self._column(rows) is not None or texts:
             return {}
         if self.prompt in rows.column_names:
             return {"response": None if split == "predict" else self.response}
@@ -206,7 +208,7 @@ class ChatData(RowData):
         return [self._begun(turns) for turns in found]
 
     def _pairs(self, rows: "Dataset") -> list[Any]:
-        column = self.prompt if self.prompt in rows.column_names else "text"
+        column = self.prompt if self.prompt in rows.column_names else _TEXT
         has_answers = self.response in rows.column_names
         answers = rows[self.response] if has_answers else [None] * len(rows)
         return [

@@ -62,13 +62,15 @@ class ChatFormat:
         own = tokenizer.chat_template
         self.template: str = template or (own if isinstance(own, str) else _plain(tokenizer))
         self._marked = _MARKED.search(self.template) is not None
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {i: token.content for i, token in added if token.special}
 
     @cached_property
     def stops(self) -> list[int]:
         """The tokens that end an answer: the tokenizer's end, and that of the template's turns."""
         said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ids = [label for label in self.encode(said).labels if label != IGNORED]
-        ends = [i for i in ids[-1:] if i in self.tokenizer.all_special_ids]
+        ends = [i for i in ids[-1:] if i in self._special]
         return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *ends]))
 
     def encode(self, turns: Sequence[Turn], enough: int | None = None) -> Encoded:
@@ -165,7 +167,7 @@ class ChatFormat:
             )
         # White space behind the token that ends the turn is the template's, and never generated.
         bare = until.rstrip()
-        ends = bare.endswith(tuple(self.tokenizer.all_special_tokens))
+        ends = bare.endswith(tuple(self._special.values()))
         return len(before), max(len(bare) if ends else len(until), len(before))
 
 
