@@ -266,18 +266,35 @@ def _columns_of_objects(path: Path, file: TextIO, bad: BadRows) -> dict[str, lis
 
 
 def _other_types(path: Path, name: str, rows: dict[int, dict[str, Any]]) -> dict[int, str]:
-    """Return what is wrong with the rows whose value in a column is not of the common type."""
-    kinds = {row: _kind(found.get(name)) for row, found in rows.items()}
-    counts = Counter(kind for kind in kinds.values() if kind)
-    if len(counts) < 2:
-        return {}
-    common = counts.most_common(1)[0][0]
-    return {
-        row: f"`{path}` must hold values of one type a column, but `{name}` is {kind} in row "
-        f"{row:,} and {common} in most others."
-        for row, kind in kinds.items()
-        if kind not in ("", common)
+    """Return what is wrong with the rows whose values in a column are not of the common types."""
+    kinds = {row: set(_kinds(name, found.get(name))) for row, found in rows.items()}
+    counts = Counter(pair for found in kinds.values() for pair in found)
+    common: dict[str, str] = {}
+    for (place, kind), _ in counts.most_common():
+        common.setdefault(place, kind)
+    odd = {
+        row: min(pair for pair in found if common[pair[0]] != pair[1])
+        for row, found in kinds.items()
+        if any(common[place] != kind for place, kind in found)
     }
+    return {
+        row: f"`{path}` must hold values of one type a column, but `{place}` is {kind} in row "
+        f"{row:,} and {common[place]} in most others."
+        for row, (place, kind) in odd.items()
+    }
+
+
+def _kinds(place: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the types of a value and of all that it holds, each with the place where it stands."""
+    kind = _kind(value)
+    if kind:
+        yield place, kind
+    if isinstance(value, list):
+        for item in value:
+            yield from _kinds(f"{place}[]", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _kinds(f"{place}.{key}", item)
 
 
 def _kind(value: Any) -> str:
