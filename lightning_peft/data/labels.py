@@ -101,7 +101,7 @@ def _values(rows: "Dataset", column: str) -> list[Any]:
     from datasets import ClassLabel
 
     feature = rows.features[column]
-    values: list[Any] = list(rows[column])
+    values: list[Any] = rows[column][:]  # at once; an iterator would ask for each row alone
     if isinstance(feature, ClassLabel):
         return [feature.int2str(v) if v is not None and v >= 0 else None for v in values]
     return values
