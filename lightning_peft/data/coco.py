@@ -9,6 +9,7 @@ from typing import Any
 from lightning_peft.data.bad_rows import SKIP, BadRows
 from lightning_peft.errors import DataError
 
+_Id = int | str
 _PARTS = ("images", "annotations", "categories")
 
 
@@ -36,14 +37,14 @@ def read_coco(
 
 
 def _annotated(
-    file: Path, content: Mapping[str, Any], rows: dict[int, dict[str, Any]], bad: BadRows
+    file: Path, content: Mapping[str, Any], rows: dict[_Id, dict[str, Any]], bad: BadRows
 ) -> list[dict[str, Any]]:
     labels = {k: c["name"] for k, c in _by_id(file, content, "categories", "name").items()}
-    found: dict[int, dict[str, Any]] = {
+    found: dict[_Id, dict[str, Any]] = {
         key: row | {"annotation": str(file), "boxes": [], "labels": [], "ignored": []}
         for key, row in rows.items()
     }
-    spoilt: set[int] = set()
+    spoilt: set[_Id] = set()
     seen: set[Any] = set()
     for number, annotation in enumerate(content["annotations"], 1):
         wrong = _fault(annotation, rows, labels, seen)
@@ -77,13 +78,13 @@ def _content(file: Path, parts: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
-def _by_id(file: Path, content: Mapping[str, Any], part: str, name: str) -> dict[int, Any]:
-    found: dict[int, Any] = {}
+def _by_id(file: Path, content: Mapping[str, Any], part: str, name: str) -> dict[_Id, Any]:
+    found: dict[_Id, Any] = {}
     for number, entry in enumerate(content[part], 1):
-        whole = isinstance(entry, dict) and isinstance(entry.get("id"), int)
+        whole = isinstance(entry, dict) and isinstance(entry.get("id"), int | str)
         if not whole or not isinstance(entry.get(name), str) or not entry[name]:
             raise DataError(
-                f"entry {number:,} of `{part}` in `{file}` must have a number as `id` and a text "
+                f"entry {number:,} of `{part}` in `{file}` must have an `id` and a text "
                 f"as `{name}`, but is {str(entry)[:80]}."
             )
         if entry["id"] in found:
@@ -96,7 +97,7 @@ def _by_id(file: Path, content: Mapping[str, Any], part: str, name: str) -> dict
 
 
 def _fault(
-    annotation: Any, images: Mapping[int, Any], labels: Mapping[int, str], seen: set[Any]
+    annotation: Any, images: Mapping[_Id, Any], labels: Mapping[_Id, str], seen: set[Any]
 ) -> str:
     if not isinstance(annotation, dict):
         return f"must be an object, but is {annotation!r}"
@@ -119,7 +120,7 @@ def _is_number(value: Any) -> bool:
     return known and math.isfinite(value)
 
 
-def _folder(file: Path, images: Mapping[int, Any]) -> Path:
+def _folder(file: Path, images: Mapping[_Id, Any]) -> Path:
     """Return the first folder around the file that holds the first image."""
     near = [file.parent, file.parent.parent]
     split = file.stem.rpartition("_")[2]  # instances_train2017.json, with train2017 beside it

@@ -1,5 +1,6 @@
 """Pascal VOC: a folder with an XML file for each image, and lists of names by split."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +8,23 @@ from lightning_peft.data.bad_rows import SKIP, BadRows
 from lightning_peft.data.images import SUFFIXES
 from lightning_peft.errors import DataError, require
 
-ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", Path("ImageSets/Main")
+LISTS = Path("ImageSets/Main")
+_ANNOTATIONS = ("Annotations", "annotations", "")  # the last where they lie beside the images
+_IMAGES = ("JPEGImages", "images", "")
 _LISTS = {
     "train": ("train", "trainval"),
     "validation": ("val",),
     "test": ("test",),
     "predict": ("test",),
 }
+_BY_CLASS = re.compile(r"\s+(-1|0|1)$")  # whether an image has the class, in a list of a class
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def voc_folder(place: Path) -> Path | None:
     """Return the folder of a data set in VOC's layout that `place` or one of its lists is in."""
     root = place.parents[2] if place.is_file() and place.parent.match(str(LISTS)) else place
-    return root if (root / ANNOTATIONS).is_dir() or (root / IMAGES).is_dir() else None
+    return root if (root / _IMAGES[0]).is_dir() or _annotations(root) is not None else None
 
 
 def has_lists(place: Path) -> bool:
@@ -45,14 +49,16 @@ def read_voc(place: Path, split: str, bad: BadRows) -> list[dict[str, Any]] | No
     root = voc_folder(place)
     if root is None:
         raise DataError(
-            f"`path` must be a folder with {ANNOTATIONS} and {IMAGES}, but {place} is none."
+            f"`path` must be a folder with Annotations and JPEGImages, but {place} is none."
         )
     names = _names(root, place, split)
     if names is None:
         return None
+    images, annotations = _images(root), _annotations(root) or root / _ANNOTATIONS[0]
     if split == "predict":
-        return [{"image": str(_image(root, name))} for name in names]
-    return [row for name in names if (row := _row(root, name, bad)) is not None]
+        return [{"image": str(_image(images, name))} for name in names]
+    files = [(annotations / f"{name}.xml", name) for name in names]
+    return [row for file, name in files if (row := _row(file, images, name, bad)) is not None]
 
 
 def _names(root: Path, place: Path, split: str) -> list[str] | None:
@@ -64,10 +70,10 @@ def _names(root: Path, place: Path, split: str) -> list[str] | None:
         if file.is_file():
             return _listed(file)
     if split == "predict":
-        return [path.stem for path in _files(root / IMAGES, SUFFIXES)]
+        return [path.stem for path in _files(_images(root), SUFFIXES)]
     if has_lists(root):
         return None
-    return [path.stem for path in _files(root / ANNOTATIONS, (".xml",))]
+    return [path.stem for path in _files(_annotations(root), (".xml",))]
 
 
 def _listed(file: Path) -> list[str]:
@@ -76,7 +82,7 @@ def _listed(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`{file}` must be a list of names, but cannot be read: {error}.") from None
-    names = [line.split()[0] for line in lines if line.strip()]
+    names = [_BY_CLASS.sub("", line.strip()) for line in lines if line.strip()]
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -85,20 +91,32 @@ def _listed(file: Path) -> list[str]:
     return names
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
+def _annotations(root: Path) -> Path | None:
+    """Return the folder of the XML files; None where there are none."""
+    folders = (root / name for name in _ANNOTATIONS)
+    return next(
+        (folder for folder in folders if folder.is_dir() and any(folder.glob("*.xml"))), None
+    )
+
+
+def _images(root: Path) -> Path:
+    return next(root / name for name in _IMAGES if (root / name).is_dir())
+
+
+def _files(folder: Path | None, suffixes: tuple[str, ...]) -> list[Path]:
+    found = folder.iterdir() if folder is not None else ()
     return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
-def _image(root: Path, name: str, filename: str = "") -> Path:
+def _image(folder: Path, name: str, filename: str = "") -> Path:
     """Return the image of a name: of any format, or as the annotation calls it."""
-    told = root / IMAGES / Path(filename).name
-    candidates = [(root / IMAGES / name).with_name(f"{name}{suffix}") for suffix in SUFFIXES]
-    return next((p for p in [*candidates, told] if p.is_file()), candidates[0])
+    endings = [case for suffix in SUFFIXES for case in (suffix, suffix.upper())]
+    candidates = [folder / f"{name}{ending}" for ending in endings]
+    told = [folder / Path(filename).name] if filename else []
+    return next((path for path in [*candidates, *told] if path.is_file()), candidates[0])
 
 
-def _row(root: Path, name: str, bad: BadRows) -> dict[str, Any] | None:
-    file = root / ANNOTATIONS / f"{name}.xml"
+def _row(file: Path, images: Path, name: str, bad: BadRows) -> dict[str, Any] | None:
     try:
         tree = _parsed(file)
         objects = [_object(file, i, found) for i, found in enumerate(tree.findall("object"), 1)]
@@ -106,7 +124,7 @@ def _row(root: Path, name: str, bad: BadRows) -> dict[str, Any] | None:
         bad.refuse(str(error))
         return None
     return {
-        "image": str(_image(root, name, tree.findtext("filename") or "")),
+        "image": str(_image(images, name, tree.findtext("filename") or "")),
         "annotation": str(file),
         "boxes": [box for box, _, _ in objects],
         "labels": [label for _, label, _ in objects],

@@ -45,6 +45,20 @@ def test_voc_without_lists_is_one_split(voc):
     assert len(data.inputs("train")) + len(data.inputs("validation")) == 11
 
 
+@pytest.mark.parametrize("names", [("annotations", "images"), ("", "")])
+def test_voc_under_other_names_or_in_one_folder_is_found(voc, tmp_path, names):
+    other = tmp_path / "other"
+    for old, new in zip(("Annotations", "JPEGImages"), names, strict=True):
+        (other / new).mkdir(parents=True, exist_ok=True)
+        for file in (voc / old).iterdir():
+            ending = ".PNG" if file.suffix == ".png" else file.suffix
+            file.rename(other / new / f"{file.stem}{ending}")
+    data = connected(other, validation=0.2)
+    data.setup("fit")
+    assert len(data.inputs("train")) + len(data.inputs("validation")) == 11
+    assert len(data.inputs("predict")) == 11
+
+
 def test_a_batch_has_pixels_and_boxes(voc):
     data = connected(voc)
     batch = first_batch(data)
