@@ -10,7 +10,7 @@ from lightning_peft.data.origin import Origin
 from lightning_peft.data.rows import Choice, Loading, RowData
 from lightning_peft.data.sources import FORMATS, bad_texts
 from lightning_peft.data.text_pairs import EncodePairs, PairCollator, TextPairs
-from lightning_peft.data.texts import check_max_length, text_keys, tokenised
+from lightning_peft.data.texts import text_keys, tokenised
 from lightning_peft.errors import ConfigError, near_misses
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class GenerationData(RowData):
         skip_bad_rows: Leave rows out that cannot be used, and count them.
         by_length: Train on batches of like lengths, which have little padding.
         num_workers: Processes that load batches.
+        terms: What the owners of the data ask of who uses them; said before they are used.
 
     Raises:
         ConfigError: A number is out of its range, or files are named by what is no split or side.
@@ -77,6 +78,7 @@ class GenerationData(RowData):
         skip_bad_rows: bool = False,
         by_length: bool = False,
         num_workers: int = 0,
+        terms: str | None = None,
     ) -> None:
         files = path if path is None or format is not None else _by_side(path, source, target)
         super().__init__(
@@ -91,7 +93,15 @@ class GenerationData(RowData):
             )
         self.source, self.target, self.references = source, target, tuple(references)
         self.prompt, self.max_source, self.max_target = prompt, max_source, max_target
+        self.terms = terms
         self._pairs: TextPairs | None = None
+
+    def prepare_data(self) -> None:
+        """Say the terms of the data, once, and download a data set of the hub."""
+        if self.terms is not None:
+            rank_zero_info(self.terms)
+            self.terms = None
+        super().prepare_data()
 
     def connect(
         self,
@@ -105,8 +115,15 @@ class GenerationData(RowData):
             ConfigError: `max_source` is more than the model can read, the prompt has no place for
                 the text, or the tokenizer has no end token.
         """
-        room = self.max_source + (0 if encoder_decoder else self.max_target)
-        check_max_length(room, processor)
+        longest = self.max_source + (0 if encoder_decoder else self.max_target)
+        if longest > processor.model_max_length:
+            together = (
+                "`max_source`" if encoder_decoder else "`max_source` and `max_target` together"
+            )
+            raise ConfigError(
+                f"{together} must be at most {processor.model_max_length}, which is what the model "
+                f"can read, but is {longest} instead."
+            )
         self._pairs = TextPairs(processor, encoder_decoder, self.prompt)
         self._items.clear()
         return self
