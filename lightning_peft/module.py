@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.group import AdapterGroup, single
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import CheckpointError, ConfigError, near_misses
 from lightning_peft.files.checkpoint_io import AtomicCheckpointIO
@@ -87,18 +88,30 @@ class PEFTModule(pl.LightningModule):
             "head_lr": head_lr,
         }
         _check(settings)
-        injection = Injection(as_methods(methods), name, train, head, beside or {}, "model")
+        injection = Injection(
+            as_methods(methods), name, train, head, beside or {}, task.adapters, "model"
+        )
         self.model = task.load_model(model) if isinstance(model, ModelSource) else model
         self.task, self.lr, self.head_lr = task, lr, head_lr
         described = {"model": _describe(model), "task": to_spec(task)}
-        self.save_hyperparameters({**described, **injection.to_spec(), **settings})
+        asked = {k: v for k, v in injection.to_spec().items() if k != "adapters"}
+        self.save_hyperparameters({**described, **asked, **settings})
         self.validation_metrics = task.metrics().clone(prefix="val/")
         self.test_metrics = task.metrics().clone(prefix="test/")
         adopt(self, injection)
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter, there from the start."""
+        """The adapter, there from the start.
+
+        Raises:
+            AdapterError: the task trains several side by side.
+        """
+        return single(cast(PEFTHooks, self).peft_adapter, "module.adapter")
+
+    @property
+    def trained(self) -> Adapter | AdapterGroup:
+        """The adapter, or those that the task trains side by side."""
         return cast(PEFTHooks, self).peft_adapter
 
     @classmethod
@@ -170,7 +183,7 @@ class PEFTModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over what is trained, and its schedule by optimizer step."""
-        groups = self.adapter.parameter_groups(self.lr, self.hparams["weight_decay"], self.head_lr)
+        groups = self.trained.parameter_groups(self.lr, self.hparams["weight_decay"], self.head_lr)
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         steps, course = self.trainer.estimated_stepping_batches, self.hparams["schedule"]
         if steps == float("inf"):

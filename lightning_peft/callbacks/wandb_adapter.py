@@ -1,5 +1,6 @@
 """Track a fine-tuning run on W&B: its configuration, its size, and the adapter as an artifact."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Mapping
@@ -59,20 +60,20 @@ class WandbAdapter(Callback):
 
 
 def log_adapter(trainer: Trainer, folder: str | Path) -> None:
-    """Log a saved adapter folder as an artifact to each W&B run of `trainer`.
+    """Log a saved adapter folder, or several in one, as artifacts to each W&B run of `trainer`.
 
     Args:
         trainer: its `WandbLogger`s are used; without any, nothing happens.
-        folder: what `Adapter.save` wrote.
+        folder: what `Adapter.save` or `AdapterGroup.save` wrote.
     """
-    for run in _runs(trainer):
+    for run, config in itertools.product(_runs(trainer), sorted(Path(folder).rglob(CONFIG))):
         import wandb
 
-        settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8"))
         artifact = wandb.Artifact(
             f"{settings['name']}-{run.id}", type="adapter", metadata=redact(settings)
         )
-        artifact.add_dir(str(folder))
+        artifact.add_dir(str(config.parent))
         # Not waited for: offline there is nothing to wait for, and `wait()` raises.
         run.log_artifact(artifact)
 

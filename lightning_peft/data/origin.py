@@ -9,6 +9,7 @@ from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.chitchat import read_chitchat
 from lightning_peft.data.conll2003 import read_conll2003
 from lightning_peft.data.drug_reviews import read_drug_reviews
+from lightning_peft.data.movielens import read_movielens
 from lightning_peft.data.packaged import located
 from lightning_peft.data.parallel import read_parallel
 from lightning_peft.data.reviews import read_reviews
@@ -24,6 +25,7 @@ SOURCES: dict[str, Callable[[], dict[str, "Dataset"]]] = {
     "reviews": read_reviews,
     "drug_reviews": read_drug_reviews,
     "chitchat": read_chitchat,
+    "movielens": read_movielens,
     "conll2003": read_conll2003,
 }
 """Data that packages carry in forms of their own, by the name that `source` gives: all splits."""
@@ -48,7 +50,7 @@ class Origin:
     hub_config: str | None = None
     """Its configuration, where it has several."""
     source: str | None = None
-    """Data that a package carries: `reviews`, `drug_reviews` or `chitchat`."""
+    """Data that a package carries: `reviews`, `drug_reviews`, `chitchat`, `movielens`."""
     format: str | None = None
     """Format of the files; None takes it from each name."""
     formats: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -91,6 +91,33 @@ class Place(Protocol):
         """
 
 
+class RowCheck(Protocol):
+    """What a row must have besides what its task asks for."""
+
+    def columns(self, split: str, rows: "Dataset") -> dict[str, str | None]:
+        """Return the columns that rows must have, by the setting that names each."""
+
+    def problems(self, split: str, rows: "Dataset", number: Callable[[int], int]) -> dict[int, str]:
+        """Return what is wrong with rows, by their index; see `RowData.problems`."""
+
+
+@runtime_checkable
+class KnownRows(Protocol):
+    """A data module that knows its rows one by one."""
+
+    def has_split(self, split: str) -> bool:
+        """Whether there are rows for `split`: train, validation, test or predict."""
+
+    def inputs(self, split: str) -> list[Any]:
+        """Return what the model reads of each row of a split, as a person knows it."""
+
+    def targets(self, split: str) -> list[Any]:
+        """Return what is right for each row of a split."""
+
+    def predict_rows(self) -> list[dict[str, Any]]:
+        """Return the rows to predict as they were read, in the order of the predictions."""
+
+
 class RowData(pl.LightningDataModule, abc.ABC):
     """Rows by split, read once, checked, and made into batches.
 
@@ -117,6 +144,8 @@ class RowData(pl.LightningDataModule, abc.ABC):
         """Training rows left out because a held-out split has them too."""
         self.skipped: dict[str, int] = {}
         """Rows of each split left out because they cannot be used."""
+        self.also: RowCheck | None = None
+        """What is asked of rows besides, set before the first is read."""
         self._tables: dict[str, Dataset | None] = {}  # as read; None is a split without rows
         self._rows: dict[str, Dataset] = {}  # as split and limited
         self._items: dict[str, Any] = {}  # what the model gets of them
@@ -317,8 +346,12 @@ class RowData(pl.LightningDataModule, abc.ABC):
             bad = BadRows(self.choice.skip_bad_rows)
             table = self.origin.read(split, bad)
             if table is not None:
-                require_columns(table, self.origin.name(split), **self.columns(split, table))
-                table = bad.without(table, self.problems(split, table, bad.number))
+                checks = (self,) if self.also is None else (self, self.also)
+                for each in checks:
+                    require_columns(table, self.origin.name(split), **each.columns(split, table))
+                found = [each.problems(split, table, bad.number) for each in reversed(checks)]
+                problems = {i: reason for each in found for i, reason in each.items()}
+                table = bad.without(table, dict(sorted(problems.items())))
                 table = self.formed(split, table)
             self.skipped[split] = len(bad.reasons)
             if bad.reasons:

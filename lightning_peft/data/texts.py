@@ -56,5 +56,5 @@ def check_max_length(max_length: int, tokenizer: "PreTrainedTokenizerBase") -> N
 
 def text_keys(rows: "Dataset", columns: Sequence[str]) -> list[Hashable]:
     """Return the texts of each row as duplicates are compared: case and spaces aside."""
-    texts = [map(normalised, rows[column]) for column in columns]
+    texts = [map(normalised, rows[column][:]) for column in columns]
     return list(zip(*texts, strict=True))

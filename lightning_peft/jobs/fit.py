@@ -91,7 +91,7 @@ def _reads(spec: Mapping[str, Any]) -> bool:
 
 def _keep(module: PEFTModule, trainer: Trainer, run: RunFolder) -> None:
     if trainer.is_global_zero:
-        module.adapter.save(run.adapter)
+        module.trained.save(run.adapter)
         open_console().print(
             f"Interrupted. The adapter as it was is in {run.adapter}; "
             f"go on with: lightning-peft job=resume run={run.path}",

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import instantiate
-from lightning_peft.data.rows import RowData
+from lightning_peft.data.rows import KnownRows
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files.last_checkpoint import last_checkpoint
 from lightning_peft.jobs.run_folder import RunFolder
@@ -79,6 +79,7 @@ def judge(
         found = trainer.validate(module, loader, verbose=False)
     inputs, targets, predictions = _row_by_row(trainer, module, data, split, loader)
     metrics = {name.partition("/")[2]: float(value) for name, value in found[0].items()}
+    metrics = {name.partition("/")[2]: float(value) for name, value in found[0].items()}
     return Judgement(
         checkpoint=checkpoint,
         split=split,
@@ -86,13 +87,13 @@ def judge(
         inputs=inputs,
         targets=targets,
         predictions=predictions,
-        per_class=module.task.by_class(targets, predictions),
+        per_class=module.task.by_group(metrics) or module.task.by_class(targets, predictions),
     )
 
 
 def has_split(data: LightningDataModule, split: str) -> bool:
     """Whether there are rows for `split`: validation or test."""
-    if isinstance(data, RowData):
+    if isinstance(data, KnownRows):
         return data.has_split(split)
     name = {"validation": "val_dataloader", "test": "test_dataloader"}[split]
     return getattr(type(data), name) is not getattr(LightningDataModule, name)
@@ -102,7 +103,7 @@ def _row_by_row(
     trainer: Trainer, module: PEFTModule, data: LightningDataModule, split: str, loader: Any
 ) -> tuple[list[Any], list[Any], list[dict[str, Any]]]:
     """Return what was read, what is right and what is predicted; nothing where nobody can say."""
-    if not isinstance(data, RowData) or not module.task.predicts:
+    if not isinstance(data, KnownRows) or not module.task.predicts:
         return [], [], []
     asked, numbers = module.task.asked(loader)
     inputs, targets = data.inputs(split), data.targets(split)

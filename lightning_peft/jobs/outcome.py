@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,7 +15,6 @@ from torch import distributed
 
 from lightning_peft.callbacks import log_adapter
 from lightning_peft.config import instantiate
-from lightning_peft.data.rows import RowData
 from lightning_peft.errors import ConfigError, DataError, MissingExtraError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.judging import Judgement
@@ -46,8 +45,8 @@ def finish(settings: Mapping[str, Any], run: RunFolder, trainer: Trainer, baseli
     best = run.checkpoints / "best.ckpt"
     checkpoint = judging.checkpoint_of(run, "best" if best.exists() else "last")
     module, data = judging.load(settings, checkpoint)
-    log_adapter(trainer, module.adapter.save(run.adapter))
-    splits = [split for split in ("validation", "test") if data.has_split(split)]
+    log_adapter(trainer, module.trained.save(run.adapter))
+    splits = [split for split in ("validation", "test") if judging.has_split(data, split)]
     found = {s: judging.judge(settings, checkpoint, s, module, data) for s in splits}
     source = instantiate(settings["model"], "model")
     results = baselines(module.task, source, data, device) if baseline else []
@@ -59,11 +58,14 @@ def finish(settings: Mapping[str, Any], run: RunFolder, trainer: Trainer, baseli
     _finish_loggers(trainer)
 
 
-def baselines(task: Task, source: ModelSource, data: RowData, device: torch.device) -> list[Result]:
+def baselines(
+    task: Task, source: ModelSource, data: LightningDataModule, device: torch.device
+) -> list[Result]:
     """Return what the frozen base is worth; nothing where it has no form to measure."""
     model = task.load_model(source)
     total = sum(parameter.numel() for parameter in model.parameters())
-    test = data.test_dataloader() if data.has_split("test") else None
+    data.setup("fit")
+    test = data.test_dataloader() if judging.has_split(data, "test") else None
     loaders = data.train_dataloader(), data.val_dataloader(), test
     try:
         found = task.baselines(model.to(device), *loaders)
@@ -96,7 +98,7 @@ def _result(
         name=" + ".join(settings["method"]),
         validation=found["validation"].metrics if "validation" in found else {},
         test=found["test"].metrics if "test" in found else {},
-        trained=module.adapter.num_parameters,
+        trained=module.trained.num_parameters,
         total=sum(parameter.numel() for parameter in module.parameters()),
         adapter_bytes=folder_bytes(run.adapter),
         seconds=timer.time_elapsed("train"),

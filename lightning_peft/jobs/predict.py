@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import TARGET, find_target
-from lightning_peft.data.rows import RowData
+from lightning_peft.data.rows import KnownRows
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.beside import Beside, by_name
@@ -148,7 +148,7 @@ class RowWriter(BasePredictionWriter):
 
 def _rows(data: LightningDataModule) -> tuple[Iterable[Mapping[str, Any]], Iterable[Any]]:
     """Return the rows to predict and what the model reads of them; of own data nothing is known."""
-    if isinstance(data, RowData):
+    if isinstance(data, KnownRows):
         return data.predict_rows(), data.inputs("predict")
     return itertools.repeat({}), itertools.repeat(None)
 

@@ -137,6 +137,10 @@ class Task(abc.ABC):
         """Return the scores of each label, or of what else the report's second table has."""
         return {}
 
+    def by_group(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return the metrics of each group of rows, for the report's second table instead."""
+        return {}
+
     def baselines(
         self,
         model: nn.Module,

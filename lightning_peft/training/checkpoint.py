@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.carrying.state import check_state
 from lightning_peft.delta import plain_name
 from lightning_peft.errors import AdapterError, CheckpointError
@@ -117,7 +116,7 @@ def record_of(checkpoint: Mapping[str, Any], path: Any) -> Mapping[str, Any]:
 
 def is_reduced(state: Mapping[str, Any], module: "PEFTHooks") -> bool:
     """Whether `state` is one of ours: it holds all that was trained, and nothing that is frozen."""
-    if module.peft_injection.name not in adapters_of(cast(nn.Module, module)):
+    if module.peft_injection.found_in(cast(nn.Module, module)) is None:
         return False
     names, own = _plain_names(state), own_tensors(module).keys()
     return own <= names <= own | (module.peft_buffers or {}).keys()
@@ -212,8 +211,8 @@ def _check_record(record: Mapping[str, Any], module: "PEFTHooks") -> None:
         )
     expected = module.peft_injection.to_spec()
     for key, value in expected.items():
-        if record[key] != value:
-            raise CheckpointError(_difference(key, record[key], value))
+        if record.get(key) != value:
+            raise CheckpointError(_difference(key, record.get(key), value))
     present = module.peft_adapter.base_fingerprint
     check_fingerprint(record["fingerprint"], present, "The checkpoint")
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.carrying.registry import adapters_of
+from lightning_peft.carrying.group import AdapterGroup, single
 from lightning_peft.errors import AdapterError
 from lightning_peft.marker import subclass, superclass
 from lightning_peft.training import averaging, finite, modes, random_state, steps, warm_start
@@ -39,20 +39,22 @@ class PEFTHooks:
     peft_export: bool = True
     """Whether the end of a fit writes `adapter/` beside the folder of the checkpoints."""
 
-    _peft_fitted: Adapter | None = None  # set from the true start of a fit on, not by a tuner
+    _peft_fitted: Adapter | AdapterGroup | None = (
+        None  # set from the true start of a fit on, not by a tuner
+    )
     _peft_loss: Tensor | None = None
     _peft_watch: warm_start.Watch | None = None  # in the first batch, by methods that look at it
     _peft_record: Mapping[str, Any] | None = None  # of a checkpoint that a fit resumes from
     _peft_before: Mapping[str, Tensor] = types.MappingProxyType({})  # what it overwrote
 
     @property
-    def peft_adapter(self) -> Adapter:
-        """The adapter.
+    def peft_adapter(self) -> Adapter | AdapterGroup:
+        """The adapter, or those that are trained side by side.
 
         Raises:
             AdapterError: there is none: not yet, or not any more.
         """
-        found = adapters_of(cast(nn.Module, self)).get(self.peft_injection.name)
+        found = self.peft_injection.found_in(cast(nn.Module, self))
         if found is None:
             raise AdapterError(
                 f"There is no adapter `{self.peft_injection.name}`: it is injected when a Trainer "
@@ -70,8 +72,9 @@ class PEFTHooks:
     def configure_model(self) -> None:
         """Let an adapter that another one had displaced act and be trained, before a fit."""
         super().configure_model()  # type: ignore[misc]
-        if content.is_fitting(self) and self.peft_injection.name in adapters_of(cast(Any, self)):
-            self.peft_adapter.settle()
+        adapter = self.peft_injection.found_in(cast(nn.Module, self))
+        if content.is_fitting(self) and adapter is not None:
+            adapter.settle()
 
     def setup(self, stage: str) -> None:
         """Have checkpoints written atomically and read without unsafe pickles."""
@@ -109,7 +112,8 @@ class PEFTHooks:
         skip = super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
         first = self._peft_record is None and cast(Any, self).trainer.global_step == batch_idx == 0
         if first and warm_start.starts_from_data(self.peft_adapter):
-            self._peft_watch = warm_start.Watch(self.peft_adapter, warm_start.mask_in(batch))
+            one = single(self.peft_adapter, "a start from data")
+            self._peft_watch = warm_start.Watch(one, warm_start.mask_in(batch))
         return skip
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -128,7 +132,8 @@ class PEFTHooks:
         if self._peft_fitted is not None:
             self._peft_fitted.hold_back(cast(Any, self).current_epoch)
             if steps.steers(self._peft_fitted):
-                steps.before_step(self._peft_fitted, *self._peft_progress())
+                one = single(self._peft_fitted, "before_step()")
+                steps.before_step(one, *self._peft_progress())
         if self._peft_watch is not None:
             warm_start.share(self._peft_watch)
             self._peft_watch = None
@@ -139,7 +144,8 @@ class PEFTHooks:
 
     def _peft_after_step(self, optimizer: Any, *_: Any) -> None:
         if self._peft_fitted is not None:
-            steps.after_step(self._peft_fitted, optimizer, *self._peft_progress())
+            one = single(self._peft_fitted, "after_step()")
+            steps.after_step(one, optimizer, *self._peft_progress())
 
     def _peft_progress(self) -> tuple[int, float]:
         """Return the present optimizer step, counted from 0, and how many there are in all."""
@@ -169,7 +175,7 @@ class PEFTHooks:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, and say what it belongs to."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        if self.peft_injection.name in adapters_of(cast(nn.Module, self)):
+        if self.peft_injection.found_in(cast(nn.Module, self)) is not None:
             content.reduce(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -196,8 +202,8 @@ class LateHooks(PEFTHooks):
     def setup(self, stage: str) -> None:
         """Step out of the module when its adapter was taken out since the last run."""
         super().setup(stage)
-        present = adapters_of(cast(nn.Module, self))
-        if not self.peft_pending and self.peft_injection.name not in present:
+        gone = self.peft_injection.found_in(cast(nn.Module, self)) is None
+        if not self.peft_pending and gone:
             self.__class__ = superclass(type(self))
 
     def configure_model(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.group import AdapterGroup, check_groupable
 from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import AdapterError
@@ -37,10 +38,13 @@ class Injection:
     """Folders of trained adapters to load first, by name: to be fused or switched to later; one of
     the injection's own name is trained further."""
 
+    adapters: tuple[str, ...] = ()
+    """Names of adapters to train side by side, each with all of this; empty trains one, `name`."""
+
     within: str = ""
     """The attribute of the LightningModule to inject; empty for the LightningModule itself."""
 
-    def into(self, module: nn.Module) -> Adapter:
+    def into(self, module: nn.Module) -> Adapter | AdapterGroup:
         """Inject into a LightningModule, or take over the equal adapter that it carries.
 
         Raises:
@@ -52,12 +56,29 @@ class Injection:
             if name not in adapters_of(module):
                 refuse_wrapped(model)
                 load_adapter(model, folder, name)
-        if found := adapters_of(module).get(self.name):
+        if not self.adapters:
+            return self._one(module, model, self.name)
+        check_groupable(self.methods)
+        found = {name: self._one(module, model, name) for name in self.adapters}
+        return AdapterGroup(model, found).settle()
+
+    def found_in(self, module: nn.Module) -> Adapter | AdapterGroup | None:
+        """Return what `into` has injected; None where it has not, or it was taken out."""
+        present = adapters_of(module)
+        if not self.adapters:
+            return present.get(self.name)
+        if not all(name in present for name in self.adapters):
+            return None
+        model = module.get_submodule(self.within)
+        return AdapterGroup(model, {name: present[name] for name in self.adapters})
+
+    def _one(self, module: nn.Module, model: nn.Module, name: str) -> Adapter:
+        if found := adapters_of(module).get(name):
             self._require_equal(found)
             _require_frozen_around(found, module)
             return found
         refuse_wrapped(model)
-        return inject(model, self.methods, self.name, train=self.train, head=self.head)
+        return inject(model, self.methods, name, train=self.train, head=self.head)
 
     def to_spec(self) -> dict[str, Any]:
         """Return the settings in plain containers."""
@@ -67,14 +88,15 @@ class Injection:
             "train": list(as_patterns(self.train)),
             "head": self.head,
             "beside": dict(self.beside),
-        }
+        } | ({"adapters": list(self.adapters)} if self.adapters else {})
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Injection":
         """Return the settings that `to_spec` gave."""
         methods = tuple(instantiate_as(Method, method) for method in spec["methods"])
         beside = spec.get("beside", {})  # which earlier versions had not
-        return cls(methods, spec["name"], tuple(spec["train"]), spec["head"], beside)
+        adapters = tuple(spec.get("adapters", ()))
+        return cls(methods, spec["name"], tuple(spec["train"]), spec["head"], beside, adapters)
 
     def _require_equal(self, found: Adapter) -> None:
         in_place = {name for method in self.methods for name in method.in_place(found.model)}

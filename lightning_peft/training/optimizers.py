@@ -10,6 +10,7 @@ from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_peft.adapter import Adapter
+    from lightning_peft.carrying.group import AdapterGroup
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
@@ -41,7 +42,7 @@ def keep_trainable(configured: Any, trained: Mapping[str, nn.Parameter]) -> None
 
 
 def parameter_groups(
-    adapter: "Adapter", lr: float, weight_decay: float, head_lr: float | None
+    adapter: "Adapter | AdapterGroup", lr: float, weight_decay: float, head_lr: float | None
 ) -> list[dict[str, Any]]:
     """Group by learning rate and by whether the weight decays, each sorted by name.
 
@@ -60,7 +61,7 @@ def parameter_groups(
     return [{"params": p, "lr": rate, "weight_decay": wd} for (rate, wd), p in groups.items()]
 
 
-def check_scales(configured: Any, adapter: "Adapter") -> None:
+def check_scales(configured: Any, adapter: "Adapter | AdapterGroup") -> None:
     """Refuse optimizers that give one rate to what a method lets learn at different ones.
 
     Raises:

@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from torch.optim import Optimizer
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.group import AdapterGroup
 from lightning_peft.delta import Delta
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 
 
-def steers(adapter: Adapter) -> bool:
+def steers(adapter: Adapter | AdapterGroup) -> bool:
     """Whether a method of the adapter acts around optimizer steps."""
     return any(method.steers for method in adapter.methods)
 
 
-def require_automatic(adapter: Adapter, automatic: bool) -> None:
+def require_automatic(adapter: Adapter | AdapterGroup, automatic: bool) -> None:
     """Refuse a method that follows the steps where the module optimizes by hand.
 
     How many steps its loop takes, and with which optimizer, nobody can tell beforehand.

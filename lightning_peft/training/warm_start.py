@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.group import AdapterGroup
 from lightning_peft.carrying.registry import modules_of
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.passing import first_input
@@ -25,7 +26,7 @@ from lightning_peft.errors import AdapterError
 from lightning_peft.method import Method
 
 
-def starts_from_data(adapter: Adapter) -> bool:
+def starts_from_data(adapter: Adapter | AdapterGroup) -> bool:
     """Whether a method of the adapter looks at data before the first step."""
     return any(method.starts_from_data for method in adapter.methods)
 
