@@ -167,8 +167,8 @@ class GenerationData(RowData):
         cut = sum(found["cut"])
         if cut:
             rank_zero_info(
-                f"Cut {cut:,} of {len(found):,} rows of {self.origin.name(split)} at "
-                f"{self.max_source} tokens of text or {self.max_target} of target."
+                f"Cut {cut:,} of {len(found):,} rows ({split}) at {self.max_source} tokens of text "
+                f"or {self.max_target} of target."
             )
         return found.remove_columns("cut")
 
