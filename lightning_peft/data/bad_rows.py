@@ -25,13 +25,21 @@ class BadRows:
         """Why each row was left out."""
         self.unreadable: set[int] = set()
         """The numbers in the file, from 1, of those that could not even be read as a row."""
+        self.before = 0
+        """How many rows of the file, or of earlier files, came before those that are read now."""
+
+    def begin(self, before: int) -> None:
+        """Take it that what is read now stands behind so many rows that are done with."""
+        self.before = before
+        self.unreadable.clear()
 
     def refuse(self, reason: str, row: int | None = None) -> None:
         """Note a bad row, or stop.
 
         Args:
             reason: What is wrong, as a sentence with the file and the place in it.
-            row: The row's number in the file, from 1, when it cannot even be read as a row.
+            row: The row's number among those that are read now, from 1, when it cannot even be
+                read as a row.
 
         Raises:
             DataError: Bad rows are not to be left out.
@@ -40,11 +48,11 @@ class BadRows:
             raise DataError(reason)
         self.reasons.append(reason)
         if row is not None:
-            self.unreadable.add(row)
+            self.unreadable.add(self.before + row)
 
     def number(self, index: int) -> int:
         """Return the number in the file, from 1, of the row that was read as number `index`."""
-        number = index + 1
+        number = self.before + index + 1
         for unreadable in sorted(self.unreadable):
             number += unreadable <= number
         return number
@@ -57,13 +65,10 @@ class BadRows:
             problems: What is wrong, by the row's index, the first row first.
 
         Raises:
-            DataError: Bad rows are not to be left out, or no row is left.
+            DataError: Bad rows are not to be left out.
         """
         if not problems:
             return rows
         for reason in problems.values():
             self.refuse(reason)
-        kept = [i for i in range(len(rows)) if i not in problems]
-        if not kept:
-            raise DataError(f"no row can be used: {self.reasons[0]}")
-        return rows.select(kept)
+        return rows.select([i for i in range(len(rows)) if i not in problems])

@@ -56,6 +56,7 @@ class ClassificationData(RowData):
         skip_bad_rows: Leave rows out that cannot be used, and count them.
         by_length: Train on batches of like lengths, which have little padding.
         num_workers: Processes that load batches.
+        streaming: Leave the training rows on disk or the hub, and read them block by block.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ClassificationData(RowData):
         skip_bad_rows: bool = False,
         by_length: bool = False,
         num_workers: int = 0,
+        streaming: bool = False,
     ) -> None:
         super().__init__(
             Origin(
@@ -90,7 +92,10 @@ class ClassificationData(RowData):
                 validation=validation, seed=seed, limit=limit, shots=shots,
                 skip_bad_rows=skip_bad_rows,
             ),
-            Loading(batch_size=batch_size, num_workers=num_workers, by_length=by_length),
+            Loading(
+                batch_size=batch_size, num_workers=num_workers, by_length=by_length,
+                streaming=streaming,
+            ),
         )  # fmt: skip
         self.text, self.text_pair, self.label = text, text_pair, label
         self.max_length = max_length

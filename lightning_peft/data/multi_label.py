@@ -45,6 +45,7 @@ class MultiLabelData(RowData):
         skip_bad_rows: Leave rows out that cannot be used, and count them.
         by_length: Train on batches of like lengths, which have little padding.
         num_workers: Processes that load batches.
+        streaming: Leave the training rows on disk or the hub, and read them block by block.
     """
 
     def __init__(
@@ -67,11 +68,17 @@ class MultiLabelData(RowData):
         skip_bad_rows: bool = False,
         by_length: bool = False,
         num_workers: int = 0,
+        streaming: bool = False,
     ) -> None:
         super().__init__(
             Origin(path=path, hub=hub, hub_config=hub_config, format=format, columns=columns),
             Choice(validation=validation, seed=seed, limit=limit, skip_bad_rows=skip_bad_rows),
-            Loading(batch_size=batch_size, num_workers=num_workers, by_length=by_length),
+            Loading(
+                batch_size=batch_size,
+                num_workers=num_workers,
+                by_length=by_length,
+                streaming=streaming,
+            ),
         )
         self.text, self.separator, self.max_length = text, separator, max_length
         self.label = label if isinstance(label, str) else tuple(label)

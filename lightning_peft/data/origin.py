@@ -1,7 +1,7 @@
 """Where the rows of a data module come from: files, the hub, or a package."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from lightning_peft.data.movielens import read_movielens
 from lightning_peft.data.packaged import located
 from lightning_peft.data.parallel import read_parallel
 from lightning_peft.data.reviews import read_reviews
-from lightning_peft.data.sources import read_file, read_hub
-from lightning_peft.errors import ConfigError, near_misses
+from lightning_peft.data.sources import matching, read_files, read_hub, stream_file, stream_hub
+from lightning_peft.errors import ConfigError, DataError, near_misses
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,8 +25,8 @@ SOURCES: dict[str, Callable[[], dict[str, "Dataset"]]] = {
     "reviews": read_reviews,
     "drug_reviews": read_drug_reviews,
     "chitchat": read_chitchat,
-    "movielens": read_movielens,
     "conll2003": read_conll2003,
+    "movielens": read_movielens,
 }
 """Data that packages carry in forms of their own, by the name that `source` gives: all splits."""
 
@@ -42,7 +42,8 @@ class Origin:
     path: str | Mapping[str, str | Mapping[str, str]] | None = None
     """One file, for `predict` the one to judge and else the one to train on; or files by split.
 
-    `package://<package>/<file>` is a file of an installed package. A split may have several plain
+    `package://<package>/<file>` is a file of an installed package; `parts/*.jsonl` are several, one
+    after the other in the order of their names. A split may have several plain
     files by column, whose lines belong together.
     """
     hub: str | None = None
@@ -98,6 +99,28 @@ class Origin:
         if self.path is None and self.hub is not None:
             read_hub(self.hub, self.hub_config)
 
+    def stream(self, split: str, bad: BadRows, size: int) -> Iterator["Dataset"]:
+        """Read the rows of a split by blocks of at most `size`, as often as it is asked.
+
+        Raises:
+            DataError: As `read`, and where the rows can only be read as a whole.
+        """
+        files = self.files().get(split)
+        if self.hub is not None and self.path is None:
+            blocks = stream_hub(self.hub, self.hub_config, split, size)
+        elif isinstance(files, str):
+            kind = self.format or self.formats.get(Path(files).suffix.lower())
+            paths = matching(located(files))
+            blocks = (rows for path in paths for rows in stream_file(path, kind, bad, size))
+        else:
+            raise DataError(
+                f"`streaming` must be false for {self.name(split)}, which is read as a whole: "
+                f"only files of JSON lines or Parquet and data sets of the hub can be streamed."
+            )
+        for rows in blocks:
+            yield rows
+            bad.begin(bad.before + len(rows) + len(bad.unreadable))
+
     def read(self, split: str, bad: BadRows) -> "Dataset | None":
         """Read the rows of a split; None where there is none.
 
@@ -111,7 +134,7 @@ class Origin:
             if not isinstance(file, str):
                 return read_parallel({k: located(name) for k, name in file.items()}, bad)
             kind = self.format or self.formats.get(Path(file).suffix.lower())
-            return read_file(located(file), kind, self.columns, bad)
+            return read_files(matching(located(file)), kind, self.columns, bad)
         name = "test" if split == "predict" else split
         if self.hub is not None:
             return read_hub(self.hub, self.hub_config).get(name)

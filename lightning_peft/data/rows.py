@@ -1,8 +1,10 @@
 """`RowData`: what the data modules of all tasks share; each says what is a row of its task."""
 
 import abc
+import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import lightning.pytorch as pl
@@ -12,9 +14,11 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.by_length import ByLength, lengths_of
-from lightning_peft.data.origin import SPLITS
+from lightning_peft.data.origin import SPLITS, Origin
+from lightning_peft.data.sharing import SharedLoader, place
 from lightning_peft.data.sources import require_columns
 from lightning_peft.data.splits import few, sample, stratified_split, unseen
+from lightning_peft.data.streams import BLOCK, RowStream, StreamLoader, check_streamed
 from lightning_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -69,9 +73,13 @@ class Loading:
     """Processes that load batches."""
     by_length: bool = False
     """Train on batches of like lengths, which have little padding."""
+    streaming: bool = False
+    """Leave the training rows where they are and read them block by block, again in each epoch."""
 
     def __post_init__(self) -> None:
         _at_least_one(batch_size=self.batch_size)
+        if self.streaming and self.by_length:
+            raise ConfigError("`by_length` must be false with `streaming`, but is true.")
 
 
 class Place(Protocol):
@@ -138,6 +146,13 @@ class RowData(pl.LightningDataModule, abc.ABC):
 
     def __init__(self, origin: Place, choice: Choice, loading: Loading) -> None:
         super().__init__()
+        if loading.streaming:
+            if isinstance(origin, Origin) and origin.source is not None:
+                raise ConfigError(
+                    f"`streaming` must be false with `source`, which is read as a whole, but "
+                    f"`source` is {origin.source!r}."
+                )
+            check_streamed(limit=choice.limit, shots=choice.shots, test=choice.test)
         self.origin, self.choice, self.loading = origin, choice, loading
         self.batch_size = loading.batch_size  # where Lightning's batch-size finder looks for it
         self.dropped = 0
@@ -205,6 +220,8 @@ class RowData(pl.LightningDataModule, abc.ABC):
 
     def has_split(self, split: str) -> bool:
         """Whether there are rows for `split`: train, validation, test or predict."""
+        if self.loading.streaming:
+            return split == "train" or self._read(split) is not None
         draws = split == "validation" or (split == "test" and self.choice.test is not None)
         return (draws and self._read("train") is not None) or self._read(split) is not None
 
@@ -227,7 +244,7 @@ class RowData(pl.LightningDataModule, abc.ABC):
             DataError: A file, a column or a row is not as it must be.
         """
         if stage in ("fit", "validate") and "train" not in self._rows:
-            self._split_training_rows()
+            self._stream_training_rows() if self.loading.streaming else self._split_training_rows()
         elif stage == "test" and stage not in self._rows:
             held_out = self._test_rows()
             self._rows["test"] = self._held_out(
@@ -236,14 +253,14 @@ class RowData(pl.LightningDataModule, abc.ABC):
         elif stage == "predict" and stage not in self._rows:
             self._rows["predict"] = self.table("predict")
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True)
+    def train_dataloader(self) -> Any:
+        return self._stream_loader() if self.loading.streaming else self._loader("train", True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("validation")
+    def val_dataloader(self) -> Any:
+        return self._evaluated("validation")
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
+    def test_dataloader(self) -> Any:
+        return self._evaluated("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
@@ -263,7 +280,10 @@ class RowData(pl.LightningDataModule, abc.ABC):
         return table
 
     def chosen(self, split: str) -> "Dataset":
-        """Return the rows of a split that are used, in the order of its unshuffled loader."""
+        """Return the rows of a split that are used, in the order of its unshuffled loader.
+
+        Of training rows that are streamed it is the first block.
+        """
         self.setup(_STAGES[split])
         return self._rows[split]
 
@@ -282,6 +302,61 @@ class RowData(pl.LightningDataModule, abc.ABC):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _evaluated(self, split: str) -> Any:
+        """Return a loader by which several processes judge each row once."""
+        loader, (rank, processes) = self._loader(split), place()
+        return SharedLoader(loader, rank, processes) if processes > 1 else loader
+
+    def _stream_loader(self) -> StreamLoader:
+        self.setup("fit")
+        if self.trainer is not None and self.trainer.max_steps == -1:
+            raise ConfigError(
+                "`trainer.max_steps` must be given with `data.streaming`, since nobody knows how "
+                "many rows there are."
+            )
+        reader = copy.copy(self)  # without the Trainer, to be sent to workers
+        reader.trainer = None
+        make = partial(RowStream, reader._blocks, partial(reader.items, "train"), self.choice.seed)
+        workers = self.loading.num_workers
+        return StreamLoader(make, self._progress, self.batch_size, self.collator(), workers)
+
+    def _progress(self) -> tuple[int, int]:
+        """Return the epoch, and how many of its batches were trained on before an interruption."""
+        if self.trainer is None:
+            return 0, 0
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        between = epochs.processed == epochs.started  # the interruption was between two epochs
+        batches: Any = loop.epoch_loop.batch_progress.current
+        return epochs.processed, 0 if between else batches.processed
+
+    def _blocks(self) -> Iterator["Dataset"]:
+        """Read the training rows by blocks; those that cannot be used or are held out are left out.
+
+        Raises:
+            DataError: There are none at all, or one cannot be used.
+        """
+        if not isinstance(self.origin, Origin):
+            raise ConfigError(f"`streaming` must be false for {self.origin.name('train')}.")
+        bad, empty = BadRows(self.choice.skip_bad_rows), True
+        tables = [self._read(split) for split in ("validation", "test")]
+        held_out = {key for table in tables if table is not None for key in self.keys(table)}
+        for table in self.origin.stream("train", bad, BLOCK):
+            rows = self._checked("train", table, bad)
+            if rows is not None:
+                rows = rows.select(unseen(self.keys(rows), held_out))
+                empty = empty and len(rows) == 0
+                yield rows
+        self._tell_skipped("train", bad)
+        if empty:
+            raise DataError(
+                f"{self.origin.name('train')} must hold rows to train on, but has none."
+            )
+
+    def _stream_training_rows(self) -> None:
+        validation = self.table("validation")
+        self._rows |= {"train": next(self._blocks()), "validation": self._held_out(validation)}
 
     def _sampler(self, items: Any) -> ByLength:
         return ByLength(lengths_of(items["input_ids"]), self.batch_size, self.choice.seed)
@@ -342,25 +417,37 @@ class RowData(pl.LightningDataModule, abc.ABC):
 
     def _read(self, split: str) -> "Dataset | None":
         """Read and check a split once; None where there is none."""
+        if split == "train" and self.loading.streaming:
+            raise ConfigError(
+                "`streaming` leaves the training rows where they are, so that nothing can be read "
+                "off all of them: give `data.labels`, or what else the task takes from the rows."
+            )
         if split not in self._tables:
             bad = BadRows(self.choice.skip_bad_rows)
             table = self.origin.read(split, bad)
-            if table is not None:
-                checks = (self,) if self.also is None else (self, self.also)
-                for each in checks:
-                    require_columns(table, self.origin.name(split), **each.columns(split, table))
-                found = [each.problems(split, table, bad.number) for each in reversed(checks)]
-                problems = {i: reason for each in found for i, reason in each.items()}
-                table = bad.without(table, dict(sorted(problems.items())))
-                table = self.formed(split, table)
-            self.skipped[split] = len(bad.reasons)
-            if bad.reasons:
-                rank_zero_info(
-                    f"Left out {len(bad.reasons):,} rows of {self.origin.name(split)} that cannot "
-                    f"be used. The first: {bad.reasons[0]}"
-                )
-            self._tables[split] = table
+            self._tables[split] = None if table is None else self._checked(split, table, bad)
+            self._tell_skipped(split, bad)
+            if table is not None and self._tables[split] is None:
+                raise DataError(f"no row can be used: {bad.reasons[0]}")
         return self._tables[split]
+
+    def _checked(self, split: str, table: "Dataset", bad: BadRows) -> "Dataset | None":
+        """Return the rows that can be used, in the form that the task knows; None for none."""
+        checks = (self,) if self.also is None else (self, self.also)
+        for each in checks:
+            require_columns(table, self.origin.name(split), **each.columns(split, table))
+        found = [each.problems(split, table, bad.number) for each in reversed(checks)]
+        problems = {i: reason for each in found for i, reason in each.items()}
+        kept = bad.without(table, dict(sorted(problems.items())))
+        return self.formed(split, kept) if len(kept) else None
+
+    def _tell_skipped(self, split: str, bad: BadRows) -> None:
+        self.skipped[split] = len(bad.reasons)
+        if bad.reasons:
+            rank_zero_info(
+                f"Left out {len(bad.reasons):,} rows of {self.origin.name(split)} that cannot "
+                f"be used. The first: {bad.reasons[0]}"
+            )
 
 
 def _at_least_one(**settings: int | None) -> None:

@@ -1,11 +1,13 @@
 """Rows from files and from the hub, read strictly: what is wrong is named with file and row."""
 
 import csv
+import glob
+import itertools
 import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -76,6 +78,75 @@ def read_file(
     return rows
 
 
+def read_files(
+    paths: Sequence[str | Path],
+    file_format: str | None = None,
+    columns: Sequence[str] | None = None,
+    bad: BadRows | None = None,
+) -> "Dataset":
+    """Read several files of the same columns one after the other; see `read_file`."""
+    from datasets import concatenate_datasets
+
+    bad, tables = bad or BadRows(), []
+    for path in paths:
+        tables.append(read_file(path, file_format, columns, bad))
+        bad.before = sum(map(len, tables)) + len(bad.unreadable)
+    bad.before = 0
+    first = tables[0].column_names
+    for path, table in zip(paths, tables, strict=True):
+        if set(table.column_names) != set(first):
+            raise DataError(
+                f"`{path}` must have the columns of `{paths[0]}` ({', '.join(first)}), but has "
+                f"{', '.join(table.column_names)}."
+            )
+    try:
+        return concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+    except ValueError as error:
+        raise DataError(
+            f"the files of `path` must hold values of the same types: {error}"
+        ) from error
+
+
+def stream_file(
+    path: str | Path, file_format: str | None, bad: BadRows, size: int
+) -> Iterator["Dataset"]:
+    """Read a file of JSON lines or Parquet by blocks of at most `size` rows; see `read_file`.
+
+    Raises:
+        DataError: The file is missing, damaged, or of a format that is read as a whole.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"`path` must be a file, but {str(path)!r} {_what_is(path)}")
+    kind = _format(path, file_format)
+    if kind not in _STREAMED:
+        raise DataError(
+            f"`streaming` must be false for {kind}, which is read as a whole: write `{path}` as "
+            f"JSON lines or Parquet."
+        )
+    try:
+        yield from _STREAMED[kind](path, bad, size)
+    except UnicodeDecodeError as error:
+        raise DataError(f"`{path}` must be UTF-8, but {_where_undecodable(path)}.") from error
+    except OSError as error:
+        raise DataError(f"`{path}` cannot be read: {error.strerror or error}.") from error
+
+
+def matching(path: str) -> list[str]:
+    """Return the files that a path with `*`, `?` or `[...]` matches, by name; any other as it is.
+
+    Raises:
+        DataError: It matches none.
+    """
+    if not glob.has_magic(path) or Path(path).expanduser().exists():
+        return [path]
+    whole = Path(path).expanduser()
+    found = sorted(map(str, Path(whole.anchor).glob(str(whole.relative_to(whole.anchor)))))
+    if not found:
+        raise DataError(f"`path` must match at least one file, but {path!r} matches none.")
+    return found
+
+
 def read_hub(name: str, config: str | None = None) -> "DatasetDict":
     """Read the splits of a data set on the hub, from its local copy where one was made before.
 
@@ -96,6 +167,23 @@ def read_hub(name: str, config: str | None = None) -> "DatasetDict":
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"the data set {name!r} cannot be read: {first}") from error
+
+
+def stream_hub(name: str, config: str | None, split: str, size: int) -> Iterator["Dataset"]:
+    """Read a split of a data set on the hub by blocks of at most `size` rows, without a copy.
+
+    Raises:
+        DataError: There is no such data set or split, or the hub cannot be reached.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for block in rows.iter(size):
+            yield datasets.Dataset.from_dict(block, features=rows.features)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"the data set {name!r} cannot be streamed: {first}") from error
 
 
 def require_columns(rows: "Dataset", origin: str, **wanted: str | None) -> None:
@@ -128,7 +216,7 @@ def bad_texts(
     """
     bad = {
         i: "is empty" if text is None or isinstance(text, str) else f"is {text!r}"
-        for i, text in enumerate(rows[column])
+        for i, text in enumerate(rows[column][:])
         if not isinstance(text, str) or not text.strip()
     }
     more = f" ({len(bad):,} such rows)" if len(bad) > 1 else ""
@@ -163,8 +251,6 @@ def _what_is(path: Path) -> str:
 
 
 def _read_text(path: Path, kind: str, columns: Sequence[str] | None, bad: BadRows) -> "Dataset":
-    from datasets import Dataset
-
     # Where bad rows are left out, bytes that are not UTF-8 must spoil none but their own row.
     errors = "surrogateescape" if bad.skip else "strict"
     with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
@@ -179,6 +265,12 @@ def _read_text(path: Path, kind: str, columns: Sequence[str] | None, bad: BadRow
             table = {"text": [text for text in texts if text and _is_utf8(text, path, bad)]}
         else:
             table = _columns_of_fields(path, file, kind, columns, bad)
+    return _as_rows(path, table)
+
+
+def _as_rows(path: Path, table: dict[str, list[Any]]) -> "Dataset":
+    from datasets import Dataset
+
     try:
         return Dataset.from_dict(table)
     except (TypeError, ValueError) as error:  # pyarrow's errors are these
@@ -240,9 +332,37 @@ def _columns_of_questions(path: Path, file: TextIO, bad: BadRows) -> dict[str, l
     return settle_answers(path, _columns_of_objects(path, file, bad), bad)
 
 
-def _columns_of_objects(path: Path, file: TextIO, bad: BadRows) -> dict[str, list[Any]]:
+def _blocks_of_objects(path: Path, bad: BadRows, size: int) -> Iterator["Dataset"]:
+    errors, first = "surrogateescape" if bad.skip else "strict", 1
+    with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
+        while lines := list(itertools.islice(file, size)):
+            yield _as_rows(path, _columns_of_objects(path, lines, bad, first))
+            first += len(lines)
+
+
+def _blocks_of_parquet(path: Path, bad: BadRows, size: int) -> Iterator["Dataset"]:
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(size):
+                yield Dataset(InMemoryTable.from_batches([batch]))
+    except ArrowException as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"`{path}` cannot be read as Parquet: {first}") from error
+
+
+_STREAMED = {"jsonl": _blocks_of_objects, "parquet": _blocks_of_parquet}
+
+
+def _columns_of_objects(
+    path: Path, file: Iterable[str], bad: BadRows, first: int = 1
+) -> dict[str, list[Any]]:
     rows: dict[int, dict[str, Any]] = {}
-    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    lines = ((number, line) for number, line in enumerate(file, first) if line.strip())
     for row, (number, line) in enumerate(lines, 1):
         try:
             found = json.loads(line) if _is_utf8(line, path, bad, row) else None

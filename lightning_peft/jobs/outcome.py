@@ -15,6 +15,7 @@ from torch import distributed
 
 from lightning_peft.callbacks import log_adapter
 from lightning_peft.config import instantiate
+from lightning_peft.data.rows import RowData
 from lightning_peft.errors import ConfigError, DataError, MissingExtraError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.judging import Judgement
@@ -62,6 +63,9 @@ def baselines(
     task: Task, source: ModelSource, data: LightningDataModule, device: torch.device
 ) -> list[Result]:
     """Return what the frozen base is worth; nothing where it has no form to measure."""
+    if isinstance(data, RowData) and data.loading.streaming:
+        rank_zero_warn("There is no baseline to compare with, since training rows are streamed.")
+        return []
     model = task.load_model(source)
     total = sum(parameter.numel() for parameter in model.parameters())
     data.setup("fit")

@@ -48,12 +48,14 @@ class Plan:
         if not (run / saved.CONFIG).is_file():
             return
         kept, wanted = saved.read(run), yaml.safe_load(yaml.safe_dump(redact(self.settings)))
-        for key in sorted(wanted.keys() - {"run", "folder", "job", "title"}):
-            if kept.get(key) != wanted[key]:
+        kept, wanted = _leaves(kept), _leaves(wanted)
+        for key in sorted(wanted):
+            own = key.partition(".")[0] in ("run", "folder", "job", "title")
+            if not own and kept.get(key) != wanted[key]:
                 raise ConfigError(
-                    f"`folder` holds a run of {self.name} with another `{key}`: "
-                    f"{kept.get(key)} instead of {wanted[key]}. Give the settings that it was "
-                    f"made with, or another `folder`."
+                    f"`folder` holds a run of {self.name} with another `{key}`: {kept.get(key)!r} "
+                    f"instead of {wanted[key]!r}. Give the settings that it was made with, or "
+                    f"another `folder`."
                 )
 
 
@@ -117,12 +119,15 @@ def _deletions(found: DictConfig, plain: DictConfig) -> list[str]:
     return [f"~{g}.{name}" for g in groups for name in found[g] if name not in plain[g]]
 
 
-def _spelled(settings: Any, prefix: str = "") -> list[str]:
+def _spelled(settings: Any) -> list[str]:
     """Return overrides for nested settings."""
-    found = []
+    return [f"{name}={json.dumps(value)}" for name, value in _leaves(settings).items()]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their whole names."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found += _spelled(value, f"{prefix}{name}.")
-        else:
-            found.append(f"{prefix}{name}={json.dumps(value)}")
+        nested = isinstance(value, Mapping) and value
+        found |= _leaves(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found

@@ -194,7 +194,7 @@ def test_explicit_labels_give_the_order(path, tokenizer):
     ("settings", "message"),
     [
         ({}, "none of them is given"),
-        ({"source": "revues"}, "`source` must be one of reviews, drug_reviews, but is 'revues'"),
+        ({"source": "revues"}, "`source` must be one of reviews, drug_reviews.*revues"),
         ({"path": {"trian": "a.csv"}}, "has 'trian' instead. Did you mean `train`"),
         ({"path": "a.csv", "batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
         ({"path": "a.csv", "limit": 0}, "`limit` must be at least 1, but is 0"),
