@@ -22,7 +22,12 @@ from lightning_peft.errors import ConfigError, near_misses, require
 from lightning_peft.gguf import unpacked
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BaseImageProcessor,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HUB_TIMEOUT = 10.0  # seconds
@@ -152,6 +157,20 @@ class ModelSource:
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
+
+    def config(self) -> "PreTrainedConfig":
+        """Return the settings of the model's architecture, without its weights.
+
+        Raises:
+            ConfigError: The model does not exist, or comes without them.
+        """
+        import transformers
+
+        path = self.path()
+        with self._readable(path):
+            return transformers.AutoConfig.from_pretrained(
+                path, revision=self.revision, trust_remote_code=False
+            )
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Return the model's tokenizer; one without a padding token pads with its end token.

@@ -78,7 +78,7 @@ class TextGeneration(Task):
         self._pairs: TextPairs | None = None
 
     def equip(self, data: GenerationData, source: "ModelSource") -> None:
-        data.connect(source.tokenizer(), encoder_decoder=_is_encoder_decoder(source))
+        data.connect(source.tokenizer(), encoder_decoder=bool(source.config().is_encoder_decoder))
         self._pairs = data.pairs
 
     def connect(self, data: GenerationData) -> "TextGeneration":
@@ -87,7 +87,7 @@ class TextGeneration(Task):
         return self
 
     def load_model(self, source: "ModelSource") -> nn.Module:
-        seq2seq = _is_encoder_decoder(source)
+        seq2seq = bool(source.config().is_encoder_decoder)
         model = source.load("AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM")
         if seq2seq:
             _tell_tokens(model.config, source.tokenizer())
@@ -210,15 +210,6 @@ class TextGeneration(Task):
                 "generated."
             )
         return self._pairs
-
-
-def _is_encoder_decoder(source: "ModelSource") -> bool:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        source.path(), revision=source.revision, trust_remote_code=False
-    )
-    return bool(config.is_encoder_decoder)
 
 
 def _tell_tokens(config: Any, tokenizer: Any) -> None:
