@@ -1,6 +1,7 @@
 """Rows that cannot be used: the first one stops the reading, or each is left out and counted."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.errors import DataError
@@ -72,3 +73,17 @@ class BadRows:
         for reason in problems.values():
             self.refuse(reason)
         return rows.select([i for i in range(len(rows)) if i not in problems])
+
+
+def is_utf8(text: str, path: Path, bad: BadRows, row: int | None = None) -> bool:
+    """Whether a text that was read with `surrogateescape` holds no undecodable byte.
+
+    Raises:
+        DataError: It does, and bad rows are not to be left out.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        bad.refuse(f"`{path}` must be UTF-8, but is not in {text[:40]!r}.", row)
+        return False
+    return True

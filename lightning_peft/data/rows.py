@@ -18,7 +18,7 @@ from lightning_peft.data.origin import SPLITS, Origin
 from lightning_peft.data.sharing import SharedLoader, place
 from lightning_peft.data.sources import require_columns
 from lightning_peft.data.splits import few, sample, stratified_split, unseen
-from lightning_peft.data.streams import BLOCK, RowStream, StreamLoader, check_streamed
+from lightning_peft.data.streams import BLOCK, RowStream, StreamLoader, check_streamed, progress_of
 from lightning_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -319,17 +319,9 @@ class RowData(pl.LightningDataModule, abc.ABC):
         reader.trainer = None
         make = partial(RowStream, reader._blocks, partial(reader.items, "train"), self.choice.seed)
         workers = self.loading.num_workers
-        return StreamLoader(make, self._progress, self.batch_size, self.collator(), workers)
-
-    def _progress(self) -> tuple[int, int]:
-        """Return the epoch, and how many of its batches were trained on before an interruption."""
-        if self.trainer is None:
-            return 0, 0
-        loop = self.trainer.fit_loop
-        epochs: Any = loop.epoch_progress.current
-        between = epochs.processed == epochs.started  # the interruption was between two epochs
-        batches: Any = loop.epoch_loop.batch_progress.current
-        return epochs.processed, 0 if between else batches.processed
+        return StreamLoader(
+            make, partial(progress_of, self.trainer), self.batch_size, self.collator(), workers
+        )
 
     def _blocks(self) -> Iterator["Dataset"]:
         """Read the training rows by blocks; those that cannot be used or are held out are left out.

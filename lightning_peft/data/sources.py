@@ -3,17 +3,16 @@
 import csv
 import glob
 import itertools
-import json
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_peft.data.bad_rows import SKIP, BadRows
+from lightning_peft.data.bad_rows import SKIP, BadRows, is_utf8
 from lightning_peft.data.conll import read_conll
+from lightning_peft.data.json_lines import columns_of_objects
 from lightning_peft.data.squad import read_squad, settle_answers
 from lightning_peft.errors import DataError, near_misses
 from lightning_peft.models import HubAnswer, ask_hub
@@ -255,14 +254,14 @@ def _read_text(path: Path, kind: str, columns: Sequence[str] | None, bad: BadRow
     errors = "surrogateescape" if bad.skip else "strict"
     with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
         if kind == "jsonl":
-            table = _columns_of_objects(path, file, bad)
+            table = columns_of_objects(path, file, bad)
         elif kind == "conll":
             table = read_conll(path, file, bad)
         elif kind == "squad":
             table = _columns_of_questions(path, file, bad)
         elif kind == "txt":
             texts = (line.strip() for line in file)
-            table = {"text": [text for text in texts if text and _is_utf8(text, path, bad)]}
+            table = {"text": [text for text in texts if text and is_utf8(text, path, bad)]}
         else:
             table = _columns_of_fields(path, file, kind, columns, bad)
     return _as_rows(path, table)
@@ -276,16 +275,6 @@ def _as_rows(path: Path, table: dict[str, list[Any]]) -> "Dataset":
     except (TypeError, ValueError) as error:  # pyarrow's errors are these
         first = str(error).strip().splitlines()[0]
         raise DataError(f"`{path}` must hold values of one type a column: {first}") from error
-
-
-def _is_utf8(text: str, path: Path, bad: BadRows, row: int | None = None) -> bool:
-    """Whether a text that was read with `surrogateescape` holds no undecodable byte."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        bad.refuse(f"`{path}` must be UTF-8, but is not in {text[:40]!r}.", row)
-        return False
-    return True
 
 
 def _columns_of_fields(
@@ -303,7 +292,7 @@ def _columns_of_fields(
                 f"but has {len(row)} in the row that ends in line {line:,}.",
                 number,
             )
-        elif _is_utf8("".join(row), path, bad, number):
+        elif is_utf8("".join(row), path, bad, number):
             rows.append(row)
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
@@ -329,14 +318,14 @@ def _columns_of_questions(path: Path, file: TextIO, bad: BadRows) -> dict[str, l
     if table is not None:
         return table
     file.seek(0)
-    return settle_answers(path, _columns_of_objects(path, file, bad), bad)
+    return settle_answers(path, columns_of_objects(path, file, bad), bad)
 
 
 def _blocks_of_objects(path: Path, bad: BadRows, size: int) -> Iterator["Dataset"]:
     errors, first = "surrogateescape" if bad.skip else "strict", 1
     with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
         while lines := list(itertools.islice(file, size)):
-            yield _as_rows(path, _columns_of_objects(path, lines, bad, first))
+            yield _as_rows(path, columns_of_objects(path, lines, bad, first))
             first += len(lines)
 
 
@@ -356,73 +345,6 @@ def _blocks_of_parquet(path: Path, bad: BadRows, size: int) -> Iterator["Dataset
 
 
 _STREAMED = {"jsonl": _blocks_of_objects, "parquet": _blocks_of_parquet}
-
-
-def _columns_of_objects(
-    path: Path, file: Iterable[str], bad: BadRows, first: int = 1
-) -> dict[str, list[Any]]:
-    rows: dict[int, dict[str, Any]] = {}
-    lines = ((number, line) for number, line in enumerate(file, first) if line.strip())
-    for row, (number, line) in enumerate(lines, 1):
-        try:
-            found = json.loads(line) if _is_utf8(line, path, bad, row) else None
-        except json.JSONDecodeError as error:
-            bad.refuse(f"`{path}` is damaged in line {number:,}: {error}.", row)
-            continue
-        if isinstance(found, dict):
-            rows[row] = found
-        elif row not in bad.unreadable:
-            bad.refuse(
-                f"`{path}` must hold one JSON object in each line, but has "
-                f"{type(found).__name__} in line {number:,}.",
-                row,
-            )
-    names = dict.fromkeys(name for found in rows.values() for name in found)
-    for name in names:
-        for row, reason in _other_types(path, name, rows).items():
-            bad.refuse(reason, row)
-            del rows[row]
-    return {name: [found.get(name) for found in rows.values()] for name in names}
-
-
-def _other_types(path: Path, name: str, rows: dict[int, dict[str, Any]]) -> dict[int, str]:
-    """Return what is wrong with the rows whose values in a column are not of the common types."""
-    kinds = {row: set(_kinds(name, found.get(name))) for row, found in rows.items()}
-    counts = Counter(pair for found in kinds.values() for pair in found)
-    common: dict[str, str] = {}
-    for (place, kind), _ in counts.most_common():
-        common.setdefault(place, kind)
-    odd = {
-        row: min(pair for pair in found if common[pair[0]] != pair[1])
-        for row, found in kinds.items()
-        if any(common[place] != kind for place, kind in found)
-    }
-    return {
-        row: f"`{path}` must hold values of one type a column, but `{place}` is {kind} in row "
-        f"{row:,} and {common[place]} in most others."
-        for row, (place, kind) in odd.items()
-    }
-
-
-def _kinds(place: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the types of a value and of all that it holds, each with the place where it stands."""
-    kind = _kind(value)
-    if kind:
-        yield place, kind
-    if isinstance(value, list):
-        for item in value:
-            yield from _kinds(f"{place}[]", item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _kinds(f"{place}.{key}", item)
-
-
-def _kind(value: Any) -> str:
-    """Return what a person calls the type of a value of JSON; empty for none."""
-    if isinstance(value, bool):
-        return "true or false"
-    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "")
 
 
 def _read_parquet(path: Path) -> "Dataset":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_peft.data.sharing import place
@@ -101,6 +102,16 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing; that there is this method tells Lightning that a fit can be resumed."""
+
+
+def progress_of(trainer: Trainer | None) -> tuple[int, int]:
+    """Return the epoch, and how many of its batches were trained on before an interruption."""
+    if trainer is None:
+        return 0, 0
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    between = epochs.processed == epochs.started  # the interruption was between two epochs
+    return epochs.processed, 0 if between else batches.processed
 
 
 def check_streamed(**settings: Any) -> None:

@@ -149,7 +149,8 @@ def _absolute(value: Any) -> Any:
     if not isinstance(value, str) or not value:
         return value
     path = Path(value).expanduser()
-    fills_in = "{" in path.name and path.parent.is_dir()  # `xquad.{language}.json`
+    # `xquad.{language}.json` and `part*.jsonl` stand for files that exist.
+    fills_in = any(sign in path.name for sign in "{*?[") and path.parent.is_dir()
     return str(path.absolute()) if path.exists() or fills_in else value
 
 

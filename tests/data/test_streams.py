@@ -176,6 +176,11 @@ def test_several_files_are_read_in_the_order_of_their_names(tmp_path):
     data = ClassificationData(**skipping)
     assert len(data.table("train")) == 4
     assert data.skipped["train"] == 2
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "w\xff"}\n{"text": "w1", "label": "b"}\n')
+    data = ClassificationData(**skipping)
+    assert data.table("train")["text"][:] == ["w3", "w1"]
+    assert data.skipped["train"] == 3
+    numbered.write(tmp_path / "b.jsonl", range(3))
     (tmp_path / "a.jsonl").write_text('{"text": "w3", "label": "a"}\n')
     with pytest.raises(DataError, match=r"but is 'zz' in row 5 of `.*\*\.jsonl`"):
         ClassificationData(**{**skipping, "skip_bad_rows": False}).table("train")
