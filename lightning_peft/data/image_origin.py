@@ -95,7 +95,7 @@ class ImageOrigin:
         if self.hub is not None:
             name = "test" if split == "predict" else split
             return read_hub(self.hub, self.hub_config).get(name)
-        return arrays.read_mnist() if split == "train" else None
+        return arrays.read_mnist() if split in ("train", "predict") else None
 
 
 def _existing(path: str) -> Path:
