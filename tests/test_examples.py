@@ -10,6 +10,7 @@ import pytest
 
 from lightning_peft.models import package_folder
 from tests.pictures import write_voc
+from tests.tiny_chat import chat, save_tiny, write_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -115,4 +116,18 @@ def test_object_detection(run: Callable[..., str], tmp_path: Path) -> None:
     assert "test/map_50" in shown
     assert "test_0.png: " in shown
     assert (tmp_path / "run" / "pictures" / "00001-test_0.png").is_file()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+def test_chat(run: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"messages": chat(f"hello {i}", "fine thanks")} for i in range(16)]
+    files = [write_rows(tmp_path / f"{i}.jsonl", rows[8 * i : 8 * i + 8]) for i in (0, 1)]
+    model = str(save_tiny(tmp_path / "tiny"))
+    arguments = ["--model", model, "--train", files[0], "--test", files[1], "--folder", "run"]
+    shown = run("chat.py", *arguments, "--ask", "hello 3", "--epochs", "2")
+    assert "test/perplexity" in shown
+    assert "tuned: " in shown
+    assert "base: " in shown
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -171,7 +171,8 @@ class ChatData(RowData):
 
         conversations = self._turns(rows)
         if split == "predict":
-            return Dataset.from_dict({"prompt": list(map(self._asking, conversations))})
+            prompts = [self._prompt(asked(turns, answered=False)) for turns in conversations]
+            return Dataset.from_dict({"prompt": prompts})
         encode = EncodeChats(self.format, self.max_length)
         encoded = tokenised(Dataset.from_dict({"turns": conversations}), encode)
         self._tell_cut(split, sum(encoded["cut"]), len(encoded))
@@ -180,19 +181,19 @@ class ChatData(RowData):
             return _shared(encoded, self.max_length) if self.pack else encoded
         unasked = [None] * max(len(rows) - self.samples, 0)
         first = conversations[: self.samples]
-        prompts = Dataset.from_dict(
-            {
-                "prompt": [*map(self._asking, first), *unasked],
-                "reference": [*map(_answer, first), *unasked],
-            }
-        )
-        return concatenate_datasets([encoded, prompts], axis=1)
+        prompts = [self._prompt(asked(turns, answered=True)) for turns in first]
+        given = {
+            "prompt": [*prompts, *unasked],
+            "reference": [*map(_answer, first), *unasked],
+        }
+        return concatenate_datasets([encoded, Dataset.from_dict(given)], axis=1)
 
     def collator(self) -> "ChatCollator":
         return ChatCollator(int(self.format.tokenizer.pad_token_id or 0))
 
     def inputs(self, split: str) -> list[list[Turn]]:
-        return [asked(turns) for turns in self._turns(self.chosen(split))]
+        turns = self._turns(self.chosen(split))
+        return [asked(one, answered=split != "predict") for one in turns]
 
     def targets(self, split: str) -> list[str]:
         return list(map(_answer, self._turns(self.chosen(split))))
@@ -224,8 +225,8 @@ class ChatData(RowData):
             return turns
         return [{"role": "system", "content": self.system}, *turns]
 
-    def _asking(self, turns: Sequence[Turn]) -> list[int]:
-        return self.format.prompt(asked(turns), self.max_length)
+    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+        return self.format.prompt(turns, self.max_length)
 
     def _tell_cut(self, split: str, cut: int, rows: int) -> None:
         if cut:

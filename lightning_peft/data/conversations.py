@@ -49,11 +49,17 @@ def fault(turns: Any, answered: bool) -> str:
     return ""
 
 
-def asked(turns: Sequence[Turn]) -> list[Turn]:
-    """Return a conversation up to the last message of the user."""
-    last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
-    if turns[-1]["role"] == "user" and any(turn["role"] == "assistant" for turn in turns):
-        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant") - 1
+def asked(turns: Sequence[Turn], answered: bool) -> list[Turn]:
+    """Return a conversation up to its last question.
+
+    Args:
+        turns: The whole conversation.
+        answered: Whether it must be one that the assistant answers.
+    """
+    until = len(turns)
+    if answered:
+        until = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    last = max(i for i, turn in enumerate(turns[:until]) if turn["role"] == "user")
     return list(turns[: last + 1])
 
 

@@ -87,6 +87,16 @@ def test_the_last_question_without_an_answer_is_left_out(files):
     assert data.format.tokenizer.decode(ids).endswith("yes<|im_end|>")
 
 
+def test_the_last_question_of_a_new_conversation_is_answered(tmp_path):
+    rows = [{"messages": LONG[:3]}, {"messages": LONG}, {"messages": LONG[:1]}]
+    data = loaded(write_rows(tmp_path / "new.jsonl", rows))
+    assert data.inputs("predict") == [LONG[:3], LONG[:3], LONG[:1]]
+    batch = next(iter(data.predict_dataloader()))
+    assert batch["row_asked"].tolist() == [0, 1, 2]
+    text = data.format.tokenizer.decode(batch["row_prompts"][0])
+    assert text.endswith("how are you<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_held_out_conversations_are_not_trained_on(files):
     data = loaded(files, held_out=1)
     data.setup("fit")

@@ -168,11 +168,14 @@ def test_methods_that_act_at_a_place_in_the_row_cannot_be_packed(source, tmp_pat
         assert torch.equal(value, before[name])
 
 
-def test_a_model_that_ignores_positions_cannot_be_packed():
-    from transformers import BloomConfig, BloomForCausalLM
+@pytest.mark.parametrize("kind", ["Bloom", "Mamba"])
+def test_a_model_that_ignores_positions_cannot_be_packed(kind):
+    import transformers
 
-    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ConfigError, match=r"`data.pack` must be false for Bloom"):
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, hidden_size=16, n_layer=1)
+    config.n_head, config.num_hidden_layers = 2, 1
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with pytest.raises(ConfigError, match=rf"`data.pack` must be false for {kind}"):
         check_packing(model.eval(), 64)
 
 
