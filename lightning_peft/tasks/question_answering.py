@@ -76,7 +76,7 @@ class QuestionAnswering(Task):
         return self
 
     def load_model(self, source: "ModelSource") -> nn.Module:
-        return source.load("AutoModelForQuestionAnswering", num_labels=2)
+        return source.load("AutoModelForQuestionAnswering", num_labels=2, **_renaming(source))
 
     def metrics(self) -> MetricCollection:
         return MetricCollection({name: AnswerScore(name) for name in SCORES})
@@ -186,6 +186,22 @@ class QuestionAnswering(Task):
 
 
 _SCORED = tuple(SCORES.items())
+
+
+def _renaming(source: "ModelSource") -> dict[str, Any]:
+    """Return how the weights of the base are called in a model for questions, if otherwise.
+
+    The decoders of transformers have theirs as `transformer` there, and as `model` elsewhere.
+    """
+    from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(source.path(), revision=source.revision)
+    classes = (
+        mapping.get(type(config), None)
+        for mapping in (MODEL_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING)
+    )
+    base, asking = (getattr(one, "base_model_prefix", "") for one in classes)
+    return {"key_mapping": {rf"^{base}\.": f"{asking}."}} if asking not in ("", base) else {}
 
 
 def _loss(logits: Tensor, batch: Mapping[str, Any], place: int) -> Tensor:

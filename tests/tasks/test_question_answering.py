@@ -5,6 +5,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForQuestionAnswering,
     ModernBertConfig,
     ModernBertForQuestionAnswering,
@@ -213,6 +214,16 @@ def test_the_head_has_two_outputs_whatever_the_base_had(task, minilm_dir):
     model = task.load_model(ModelSource(name=str(minilm_dir)))
     assert model.qa_outputs.out_features == 2
     assert set(model.fresh_parameters) == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+def test_a_decoder_keeps_its_pretrained_weights(task, tmp_path):
+    pretrained = LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2))
+    pretrained.save_pretrained(tmp_path)
+    model = task.load_model(ModelSource(name=str(tmp_path)))
+    assert set(model.fresh_parameters) == {"qa_outputs.weight", "qa_outputs.bias"}
+    found = model.transformer.state_dict()
+    for name, tensor in pretrained.model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor)
 
 
 def test_models_and_settings_that_do_not_fit_are_refused(task, build, batch):
