@@ -110,11 +110,16 @@ class RowCheck(Protocol):
 
 
 @runtime_checkable
-class KnownRows(Protocol):
-    """A data module that knows its rows one by one."""
+class KnownSplits(Protocol):
+    """A data module that knows which splits it has."""
 
     def has_split(self, split: str) -> bool:
         """Whether there are rows for `split`: train, validation, test or predict."""
+
+
+@runtime_checkable
+class KnownRows(KnownSplits, Protocol):
+    """A data module that knows its rows one by one."""
 
     def inputs(self, split: str) -> list[Any]:
         """Return what the model reads of each row of a split, as a person knows it."""

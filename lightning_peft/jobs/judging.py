@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import instantiate
-from lightning_peft.data.rows import KnownRows
+from lightning_peft.data.rows import KnownRows, KnownSplits
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files.last_checkpoint import last_checkpoint
 from lightning_peft.jobs.run_folder import RunFolder
@@ -93,7 +93,7 @@ def judge(
 
 def has_split(data: LightningDataModule, split: str) -> bool:
     """Whether there are rows for `split`: validation or test."""
-    if isinstance(data, KnownRows):
+    if isinstance(data, KnownSplits):
         return data.has_split(split)
     name = {"validation": "val_dataloader", "test": "test_dataloader"}[split]
     return getattr(type(data), name) is not getattr(LightningDataModule, name)
