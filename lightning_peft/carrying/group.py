@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
@@ -109,6 +110,31 @@ class AdapterGroup:
         for name, adapter in self.adapters.items():
             adapter.save(Path(folder) / name)
         return Path(folder)
+
+
+class Views(nn.ModuleDict):
+    """Models with heads of their own on one base, whose tensors are there once.
+
+    Tensors of the same name and values become the first model's: the modules that hold them stay
+    several, so that each model carries its own adapter.
+
+    Args:
+        models: by the name of the adapter of each.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        super().__init__(models)
+        shared: dict[str, nn.Parameter] = {}
+        for model in models.values():
+            for name, parameter in list(model.named_parameters()):
+                first = shared.setdefault(name, parameter)
+                if first is not parameter and _equal(first, parameter):
+                    owner, _, key = name.rpartition(".")
+                    model.get_submodule(owner).register_parameter(key, first)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def check_groupable(methods: Sequence[Method]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.carrying.group import AdapterGroup, check_groupable
+from lightning_peft.carrying.group import AdapterGroup, Views, check_groupable
 from lightning_peft.carrying.registry import adapters_of
 from lightning_peft.config import instantiate_as, to_spec
 from lightning_peft.errors import AdapterError
@@ -59,7 +59,8 @@ class Injection:
         if not self.adapters:
             return self._one(module, model, self.name)
         check_groupable(self.methods)
-        found = {name: self._one(module, model, name) for name in self.adapters}
+        places = model if isinstance(model, Views) else dict.fromkeys(self.adapters, model)
+        found = {name: self._one(module, places[name], name) for name in self.adapters}
         return AdapterGroup(model, found).settle()
 
     def found_in(self, module: nn.Module) -> Adapter | AdapterGroup | None:
