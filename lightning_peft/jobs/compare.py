@@ -85,16 +85,20 @@ class Compare(Job):
             )
         if "method" in map(key_of, HydraConfig.get().overrides.task):
             raise ConfigError("`method` must be left out for job=compare: give `job.methods`.")
-        known, names = in_use().options("method"), [name_of(one) for one in self.methods]
+        self._check_methods()
+        _different("job.seeds", self._seeds(config))
+
+    def _check_methods(self) -> None:
+        known = in_use().options("method")
         for one in self.methods:
-            for method in [one] if isinstance(one, str) else one:
+            for method in one if isinstance(one, list) else [one]:
                 if method not in known:
                     close = near_misses(str(method), known)
                     raise ConfigError(
                         f"`job.methods` must name options of `method`, but has {method!r}.{close}"
                     )
+        names = [name_of(one) for one in self.methods]
         _different("job.methods", names)
-        _different("job.seeds", self._seeds(config))
         for name in self.overrides:
             if name not in names:
                 raise ConfigError(

@@ -99,7 +99,7 @@ def test_other_settings_do_not_take_up_a_run(
     monkeypatch.setattr(compare, "run_command", _refuse)
     done = run(*command, "data.batch_size=4")
     assert done.code == 1
-    assert "`folder` holds a run of baseline with another `data.batch_size`: 8 instead of 4" in done.err
+    assert "run of baseline with another `data.batch_size`: 8 instead of 4" in done.err
 
 
 def test_an_interrupted_run_is_resumed_and_one_without_a_checkpoint_begun_anew(
