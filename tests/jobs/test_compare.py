@@ -185,7 +185,9 @@ def test_what_ends_the_comparison_ends_its_run(tmp_path: Path) -> None:
         "flush=True), sys.exit(130))); print('begun', flush=True); time.sleep(60)"
     )
     parent = (
-        "import sys; from pathlib import Path; from lightning_peft.jobs import child; "
+        "import signal, sys; from pathlib import Path; from lightning_peft.jobs import child; "
+        # What a shell starts in the background ignores the signal otherwise.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"child.COMMAND = [sys.executable, '-c', {script!r}]; "
         "child.run_command([], Path('log'), lambda line: print(line, flush=True))"
     )
