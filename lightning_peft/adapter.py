@@ -32,6 +32,7 @@ from lightning_peft.errors import AdapterError
 from lightning_peft.fingerprint import fingerprint_for
 from lightning_peft.merging.folding import Opened, fold_all
 from lightning_peft.merging.scaling import scale_of, set_scale
+from lightning_peft.structure.anatomy import head_parameters
 from lightning_peft.training.optimizers import parameter_groups
 
 if TYPE_CHECKING:
@@ -95,6 +96,12 @@ class Adapter:
     def in_place(self) -> list[str]:
         """The names of the model's own parameters that it trains, sorted."""
         return self._own.names
+
+    @property
+    def beside_methods(self) -> set[str]:
+        """The names of the head, and of what is trained in place besides what the methods name."""
+        named = {plain_name(n) for method in self.methods for n in method.in_place(self.model)}
+        return set(self.in_place) - (named - set(map(plain_name, head_parameters(self.model))))
 
     @property
     def deltas(self) -> list[tuple[str, nn.Module, Delta]]:
@@ -163,9 +170,10 @@ class Adapter:
         """Return what is trained as an optimizer's groups, each sorted by name.
 
         Args:
-            lr: learning rate of what was added, which a method may scale (LoRA+).
+            lr: learning rate of what the methods train, which one may scale (LoRA+).
             weight_decay: of matrices; biases and norms have none.
-            head_lr: learning rate of what is trained in place; None takes `lr`.
+            head_lr: learning rate of the head and of what else is trained in place besides what
+                the methods (Freeze, full fine-tuning) name; None takes `lr`.
         """
         return parameter_groups(self, lr, weight_decay, head_lr)
 

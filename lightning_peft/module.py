@@ -38,11 +38,11 @@ class PEFTModule(pl.LightningModule):
         model: the base, or the recipe by which the task loads it.
         methods: the method, or several in order.
         task: what a batch means: loss, predictions and metrics.
-        lr: peak learning rate of what was added.
+        lr: peak learning rate of what the methods train.
         weight_decay: AdamW's weight decay of matrices; biases and norms have none.
         warmup: share of all steps over which the learning rate rises.
         schedule: how it falls afterwards: linear, cosine or constant.
-        head_lr: peak learning rate of what is trained in place; None takes `lr`.
+        head_lr: peak learning rate of the head and of what `train` names; None takes `lr`.
         name: the adapter's name.
         train: patterns of further modules or parameters to train in place.
         head: whether the fresh task head is trained in place.

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, Freeze, LoRA, PEFTModule
 from lightning_peft.errors import AdapterError, CheckpointError, ConfigError, TargetError
+from lightning_peft.method import Method
 from lightning_peft.methods import FullFineTuning
 from lightning_peft.models import ModelSource
 from lightning_peft.tasks.sequence_classification import SequenceClassification
@@ -108,10 +109,23 @@ def test_groups_have_their_rates_and_the_schedule_its_steps(tmp_path: Path) -> N
         (group["initial_lr"], group["weight_decay"]): {p.dim() for p in group["params"]}
         for group in groups
     }
-    assert found == {(0.1, 0.01): {2}, (0.01, 0.01): {2}, (0.01, 0.0): {1}}
+    assert found == {(0.1, 0.01): {2}, (0.1, 0.0): {1}, (0.01, 0.01): {2}, (0.01, 0.0): {1}}
     assert [max(rate) for rate in rates[:3]] == pytest.approx([0.05, 0.1, 0.1 * 18 / 19])
     assert len(rates) == 20
     assert max(rates[-1]) == pytest.approx(0.1 / 19)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), Freeze(layers=0, patterns="fc1")])
+def test_only_the_head_has_its_own_rate_where_a_method_trains_in_place(method: Method) -> None:
+    adapter = made(methods=method).adapter
+    names = {id(p): name for name, p in adapter.named_parameters().items()}
+    groups = adapter.parameter_groups(0.1, head_lr=0.01)
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 0.01} == {
+        "classifier.bias",
+        "classifier.weight",
+    }
+    assert "fc1.weight" in rates
 
 
 def _rates(run: Any) -> list[float]:

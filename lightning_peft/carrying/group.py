@@ -59,6 +59,11 @@ class AdapterGroup:
         return [name for name in self.named_parameters() if own & set(name.split("."))]
 
     @property
+    def beside_methods(self) -> set[str]:
+        """The names of what is trained in place, which is no method's own in a group."""
+        return set(self.in_place)
+
+    @property
     def lr_scales(self) -> dict[str, float]:
         """By name, how many times faster a parameter learns, where it is not once."""
         return {n: s for adapter in self.adapters.values() for n, s in adapter.lr_scales.items()}

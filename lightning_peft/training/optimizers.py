@@ -48,14 +48,15 @@ def parameter_groups(
 
     Args:
         adapter: what is trained.
-        lr: learning rate of what was added, which a method may scale.
+        lr: learning rate of what the methods train, which one may scale.
         weight_decay: of matrices; biases and norms have none.
-        head_lr: learning rate of what is trained in place; None takes `lr`.
+        head_lr: learning rate of the head and of what is trained in place beside the methods; None
+            takes `lr`.
     """
-    in_place, scales = set(adapter.in_place), adapter.lr_scales
+    beside, scales = adapter.beside_methods, adapter.lr_scales
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in adapter.named_parameters().items():
-        rate = lr if head_lr is None or name not in in_place else head_lr
+        rate = lr if head_lr is None or name not in beside else head_lr
         decay = weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rate * scales.get(name, 1.0), decay), []).append(parameter)
     return [{"params": p, "lr": rate, "weight_decay": wd} for (rate, wd), p in groups.items()]
