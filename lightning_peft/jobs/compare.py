@@ -99,8 +99,8 @@ class Compare(Job):
                     )
         names = [name_of(one) for one in self.methods]
         _different("job.methods", names)
-        for name in self.overrides:
-            if name not in names:
+        for name in self.overrides:  # a recipe may have some for contenders that are left out
+            if name not in (*names, *known):
                 raise ConfigError(
                     f"`job.overrides` must name contenders ({', '.join(names)}), but has "
                     f"{name!r}.{near_misses(name, names)}"
