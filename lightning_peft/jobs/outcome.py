@@ -120,7 +120,7 @@ def _report(
     examples = map(module.task.example, shown.inputs, shown.targets, shown.predictions)
     return Report(
         title=title(settings),
-        metric=module.task.monitor.partition("/")[2],
+        metric=module.task.metric,
         results=results,
         examples=choose_examples([one for one in examples if one is not None]),
         per_class=shown.per_class,
