@@ -407,7 +407,9 @@ def _by_length(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(rows, Dataset):
         lengths = lengths_of(rows["input_ids"])
         order.sort(key=lengths.__getitem__)
-    return DataLoader(Subset(rows, order), loader.batch_size, collate_fn=loader.collate_fn)
+    return DataLoader(
+        Subset(rows, order), batch_size=loader.batch_size, collate_fn=loader.collate_fn
+    )
 
 
 def _shown(loader: DataLoader[Any], title: str, progress: bool) -> Iterable[Any]:

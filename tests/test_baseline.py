@@ -102,7 +102,7 @@ def test_only_what_the_head_reads_is_kept(build, name, tokens):
 def test_features_are_means_over_the_tokens_that_are_no_padding(build):
     model = build("bert").model
     features = baseline._features(model, model.base_model, loader(20, 3), "t", progress=False)
-    rows = sorted(Rows(20, 3).rows, key=lambda row: len(row["input_ids"]))
+    rows = Rows(20, 3).rows
     with torch.no_grad():
         alone = [model.bert(row["input_ids"][None]).last_hidden_state.mean(1) for row in rows]
     torch.testing.assert_close(features.mean, torch.cat(alone))

@@ -143,4 +143,4 @@ def unaugmented(loader: DataLoader[Any]) -> DataLoader[Any]:
     items: Any = loader.dataset
     if isinstance(items, Pixels):
         items = dataclasses.replace(items, augmentation=None)
-    return DataLoader(items, loader.batch_size, collate_fn=loader.collate_fn)
+    return DataLoader(items, batch_size=loader.batch_size, collate_fn=loader.collate_fn)

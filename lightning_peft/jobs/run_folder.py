@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_peft.config import MISSING
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs.saved import CONFIG
 from lightning_peft.redact import redact, redact_arguments
@@ -146,7 +147,7 @@ def title(settings: Mapping[str, Any]) -> str:
 def _absolute(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _absolute(item) for key, item in value.items()}
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or value in ("", MISSING):
         return value
     path = Path(value).expanduser()
     # `xquad.{language}.json` and `part*.jsonl` stand for files that exist.

@@ -130,7 +130,8 @@ class TextGeneration(Task):
         numbers = sample(len(rows), self.samples, seed=0)
         collate: Any = loader.collate_fn
         asking = dataclasses.replace(collate, asks=True)
-        return DataLoader(rows.select(numbers), loader.batch_size, collate_fn=asking), numbers
+        asked = DataLoader(rows.select(numbers), batch_size=loader.batch_size, collate_fn=asking)
+        return asked, numbers
 
     @abc.abstractmethod
     def scores(

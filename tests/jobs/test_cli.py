@@ -13,7 +13,7 @@ from lightning_peft.jobs.conf import Conf, own_folder
 from tests.jobs.command import Run
 
 MISTAKES = [
-    (["model=bertt"], "`model` must be one of bert, hf, minilm, but is 'bertt' instead. Did you"),
+    (["model=bertt"], "but is 'bertt' instead. Did you mean `bert`?"),
     (["method=[lora,dora2]"], "but is 'dora2' instead. Did you mean `dora`"),
     (
         ["modle=hf"],

@@ -24,7 +24,7 @@ def test_an_option_explains_its_settings(run: Run, monkeypatch: pytest.MonkeyPat
     assert "method.lora.rank_pattern" in shown
     assert "trainer" not in shown
     assert "projections), patterns" in shown  # not cut off at a colon
-    assert "peak learning rate of what was added" in shown  # under `optimizer`
+    assert "peak learning rate of what the methods train" in shown  # under `optimizer`
     assert "adapter.train" in shown
 
 
