@@ -3,11 +3,11 @@
     .venv/bin/lightning-peft experiment=ner_conll2003 folder=runs/ner
     .venv/bin/python tests/benchmarks/beside_peft.py runs/ner
 
-Takes base, data, task, batches, epochs, learning rates and their course from the run, and the places
-that LoRA, IA3 or DoRA stand in from ours; the rest is peft's. A plain PyTorch loop trains, the epoch
-that is best on validation is kept, and the task's own metrics judge it on the test rows. One process
-and as many threads as torch takes; the seconds are the CPU's, those of the run the clock's. Prints a
-Markdown table. A comparison is written beside the run's report (`peft.json`) and not run again.
+Takes base, data, task, batches, epochs, learning rates and their course from the run, and the
+places that LoRA or DoRA stand in from ours; the rest is peft's. A plain PyTorch loop trains, the
+epoch that is best on validation is kept, and the task's own metrics judge it on the test rows. The
+seconds are the CPU's, those of the run the clock's. Prints a Markdown table. A comparison is
+written beside the run's report (`peft.json`) and not run again.
 """
 
 import copy
