@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.data.bad_rows import SKIP
-from lightning_peft.data.images import open_image
+from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.data.pictures import PictureOrigin
 from lightning_peft.data.rows import Choice, Loading, RowData
 from lightning_peft.errors import ConfigError, DataError, near_misses
@@ -113,7 +113,8 @@ class DetectionData(RowData):
         classes = None if split == "predict" else self._classes
         if split in ("validation", "test"):
             classes = self.labels
-        problems = ((i, self._problem(row, classes)) for i, row in enumerate(rows))
+        with without_warnings():
+            problems = [(i, self._problem(row, classes)) for i, row in enumerate(rows)]
         found = {i: f"{problem}: correct it, or {SKIP}." for i, problem in problems if problem}
         return found | _repeated(rows, found)
 
@@ -237,7 +238,8 @@ class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
         return item | (self._objects(row, size, mirrored) if self.numbers else {})
 
     def _read(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        image = open_image(self.rows[index]["image"])
+        with without_warnings():
+            image = open_image(self.rows[index]["image"])
         settings: dict[str, Any] = {"size": self.size} if self.size is not None else {}
         # The collator pads, since how far depends on the batch.
         made = self.processor(images=image, return_tensors="pt", do_pad=False, **settings)

@@ -1,6 +1,7 @@
 """Images, read safely: what cannot be used is named."""
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes of more than 8 bits
 _MOST = 65_535  # of 16 bits
+# What PIL raises for damaged files and damaged metadata, by their many formats.
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
 
 
 def open_image(source: str | Path | bytes, name: str = "", upright: bool = False) -> "Image":
@@ -39,6 +42,7 @@ def open_image(source: str | Path | bytes, name: str = "", upright: bool = False
         _must_exist(Path(source))
     name = name or f"`{source!s}`"
     with _readable(name), pil.open(_file(source)) as image:
+        _must_be_small(image, name)
         image.load()
         return _rgb(_turned(image) if upright else image, name)
 
@@ -54,20 +58,39 @@ def _file(source: str | Path | bytes) -> Any:
 
 
 @contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep PIL from warning of odd metadata while images are opened.
+
+    Warnings are filtered for the whole process: enter this around threads, never inside one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Turn what PIL raises for damaged files into one sentence."""
     pil: Any = require("PIL.Image", "images")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            warnings.simplefilter("error", pil.DecompressionBombWarning)
-            yield
+        yield
     except DataError:  # said already
         raise
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (*_DAMAGED, struct.error) as error:
         raise DataError(f"the image {name} cannot be read: {_said(error)}") from error
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise DataError(f"the image {name} is too large to be read safely: {error}") from error
+
+
+def _must_be_small(image: "Image", name: str) -> None:
+    """Refuse what PIL only warns of."""
+    pil: Any = require("PIL.Image", "images")
+    most, pixels = pil.MAX_IMAGE_PIXELS, image.width * image.height
+    if most is not None and pixels > most:
+        raise DataError(
+            f"the image {name} is too large to be read safely: it has {pixels:,} pixels, but may "
+            f"have {most:,}."
+        )
 
 
 def _said(error: Exception) -> str:
@@ -76,9 +99,21 @@ def _said(error: Exception) -> str:
 
 
 def _turned(image: "Image") -> "Image":
-    from PIL import ImageOps
+    """Return the image upright; of its metadata, nothing but the orientation is looked at."""
+    from PIL.ExifTags import Base
+    from PIL.Image import Transpose
 
-    return ImageOps.exif_transpose(image)
+    turns = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+        Transpose.ROTATE_90,
+    )
+    turn = dict(enumerate(turns, 2)).get(image.getexif().get(Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: "Image", name: str) -> "Image":

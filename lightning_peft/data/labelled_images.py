@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.image_origin import ImageOrigin
-from lightning_peft.data.images import open_image
+from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.data.labels import bad_labels, encode, infer_labels
 from lightning_peft.data.pixels import BYTES, Pixels, augmentations, settings_for, stacked
 from lightning_peft.data.rows import Choice, Loading, RowData
@@ -209,13 +209,13 @@ class ImageData(RowData):
             if name is None:
                 return f"`{self.image}` must be an image in {place}, but is missing: {SKIP}."
             try:
-                open_image(held or name, f"`{name}`")
+                open_image(held or name, f"`{name}`", upright=True)
             except DataError as error:
                 return f"{error} ({place}): repair or remove it, or {SKIP}."
             return None
 
         held = [_held(value) for value in _stored(rows, self.image)]
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside of Python's lock
+        with without_warnings(), ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
             faults = pool.map(fault, range(len(rows)), names, held)
             return {i: reason for i, reason in enumerate(faults) if reason is not None}
 

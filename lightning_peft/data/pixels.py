@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_peft.data.images import open_image
+from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.errors import ConfigError, near_misses, require
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Pixels(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Return the items of a batch, which torch's loader asks for at once."""
         rows = self.rows[list(indices)]
         pairs = zip(rows[self.column], rows[BYTES], strict=True)
-        images = [open_image(held or name, name, upright=True) for name, held in pairs]
+        with without_warnings():
+            images = [open_image(held or name, name, upright=True) for name, held in pairs]
         batch = self._pixels(images)
         if self.labels is None:
             return [{"pixel_values": pixels} for pixels in batch]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.images import open_image
+from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.errors import require
 
 _COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#f032e6", "#aa6e28")
@@ -24,7 +24,8 @@ def draw_objects(
         classes: All of them; each has a colour.
         path: Where the copy goes; the format follows from its ending.
     """
-    picture = open_image(image)
+    with without_warnings():
+        picture = open_image(image)
     pen = require("PIL.ImageDraw", "detection").Draw(picture)
     width = max(1, round(min(picture.size) / 240))
     for one in reversed(objects):  # the surest last, on top

@@ -2,14 +2,16 @@
 
 import csv
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lightning_peft.data.image_origin import ImageOrigin
+from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.data.labelled_images import ImageData
 from lightning_peft.data.pixels import unaugmented
 from lightning_peft.errors import ConfigError, DataError
@@ -147,6 +149,49 @@ def test_broken_images_are_refused_or_counted(folder, processor):
     data.setup("fit")
     assert data.skipped == {"train": 2, "test": 0, "validation": 0}
     assert data.label_counts("train") == {"blue": 4, "green": 4}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_as_pillow_turns_them(tmp_path, orientation):
+    image = Image.effect_noise((6, 4), 90)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as stored:
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    found = open_image(tmp_path / "turned.png", upright=True)
+    assert found.size == expected.size
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_damaged_metadata_beside_the_orientation_spoil_no_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Canon"
+    damaged = exif.tobytes().replace(b"\x0f\x01\x02\0", b"\x0a\x01\x02\0")  # a tag of numbers
+    damaged = damaged.replace(b"\x01\x0f\0\x02", b"\x01\x0a\0\x02")
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=damaged)
+    with Image.open(tmp_path / "a.jpg") as stored, pytest.raises(Exception, match="argument"):
+        ImageOps.exif_transpose(stored)
+    with without_warnings():
+        assert open_image(tmp_path / "a.jpg", upright=True).size == (4, 6)
+
+
+def test_too_many_pixels_are_refused_without_a_warning(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 119)  # twice as many PIL refuses by itself
+    with pytest.raises(DataError, match=r"blue/0\.png` is too large .* 120 pixels, but may have 119"):
+        ImageData(path=str(folder)).setup("fit")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120)
+    ImageData(path=str(folder)).setup("fit")
+
+
+def test_an_image_is_opened_without_a_change_of_the_filters_of_warnings(folder, monkeypatch):
+    # They belong to the whole process: threads that exchange them leave wrong ones behind.
+    inside, opening = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda x: inside.append(warnings.filters) or opening(x))
+    with without_warnings():
+        before = warnings.filters
+        open_image(folder / "blue" / "0.png")
+    assert inside[0] is before
 
 
 def test_an_empty_folder_is_refused_or_left_out(folder):
