@@ -29,7 +29,8 @@ class QuestionData(RowData):
 
     A context of more than fits into `max_length` tokens becomes several windows in the same batch,
     of which neighbours share `stride` tokens, so that one row stays one question. Drawn splits keep
-    documents whole: rows of one title, or of one context, are never torn apart.
+    documents whole: rows of one title, or of one context, are never torn apart, unless all rows are
+    of one document.
 
     Batches are dictionaries. Tensors: `input_ids`, `attention_mask` and, where the model reads
     them, `token_type_ids`, all `(windows, tokens)`; `labels` `(windows, 2)`, first and last token
@@ -136,16 +137,16 @@ class QuestionData(RowData):
         return wanted if split == "predict" else wanted | {"answers": self.answers}
 
     def problems(self, split: str, rows: "Dataset", number: Callable[[int], int]) -> dict[int, str]:
-        names = rows[self.identity] if self.identity in rows.column_names else [None] * len(rows)
+        names, titles = self._named(rows, self.identity), self._named(rows, self.title)
         answers = [None] * len(rows) if split == "predict" else rows[self.answers]
-        asked = zip(names, rows[self.question], rows[self.context], answers, strict=True)
+        asked = zip(names, titles, rows[self.question], rows[self.context], answers, strict=True)
         known: dict[Any, int] = {}
         found = {}
-        for i, (name, question, context, given) in enumerate(asked):
-            wrong = self._bad_texts(question, context) or self._bad_name(name, known)
+        for i, (name, title, question, context, given) in enumerate(asked):
+            wrong = self._bad_texts(question, context) or self._bad_names(name, title, known)
             if not wrong and split != "predict":
                 wrong = self._bad_answers(given, context)
-            if name is not None:
+            if name is not None and isinstance(name, Hashable):
                 known.setdefault(name, number(i))
             if wrong:
                 called = f" ({self.identity} {name!r})" if name is not None else ""
@@ -171,9 +172,8 @@ class QuestionData(RowData):
         return [0] * len(rows)
 
     def drawn(self, split: str, rows: "Dataset", share: float) -> tuple[list[int], list[int]]:
-        titles = rows[self.title] if self.title in rows.column_names else [None] * len(rows)
         contexts = map(normalised, rows[self.context])
-        documents = connected(list(titles), list(contexts))
+        documents = connected(self._named(rows, self.title), list(contexts))
         return grouped_split(documents, share, self.choice.seed)
 
     def items(self, split: str, rows: "Dataset") -> "Dataset":
@@ -209,7 +209,13 @@ class QuestionData(RowData):
                 return f"`{column}` must be a text, but {found}"
         return ""
 
-    def _bad_name(self, name: Any, known: Mapping[Any, int]) -> str:
+    def _named(self, rows: "Dataset", column: str) -> list[Any]:
+        return list(rows[column]) if column in rows.column_names else [None] * len(rows)
+
+    def _bad_names(self, name: Any, title: Any, known: Mapping[Any, int]) -> str:
+        for column, value in ((self.identity, name), (self.title, title)):
+            if not isinstance(value, Hashable):
+                return f"`{column}` must be a text or a number, but is {value!r}"
         if name not in known:
             return ""
         return f"`{self.identity}` must name one question, but row {known[name]:,} has the same"

@@ -41,24 +41,27 @@ def stratified_split(
 def grouped_split(groups: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split row numbers into those kept and those held out, each group as a whole.
 
-    Groups are drawn by `seed` and held out while that brings the share nearer to `fraction`.
+    Groups are drawn by `seed` and held out while that brings the share nearer to `fraction`. Rows
+    that are all of one group are drawn one by one.
 
     Returns:
         The kept and the held-out row numbers, both in ascending order.
 
     Raises:
         ConfigError: `fraction` is not between 0 and 1.
-        DataError: There is a single group.
+        DataError: There is a single row.
     """
     _check_share(fraction)
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
-    if len(members) < 2:
+    if len(groups) < 2:
         raise DataError(
-            "there must be at least 2 documents to hold one of them out, but there is 1: add rows, "
-            "or give files by split."
+            f"there must be at least 2 rows to hold one of them out, but there are {len(groups)}: "
+            f"add rows, or give files by split."
         )
+    if len(members) < 2:
+        return stratified_split([0] * len(groups), fraction, seed)
     order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
     found = [list(members.values())[i] for i in order]
     wanted, held = fraction * len(groups), list(found[0])

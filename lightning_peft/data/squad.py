@@ -9,7 +9,8 @@ from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.errors import DataError
 
 _NESTED = {"data": "articles", "paragraphs": "paragraphs", "qas": "questions"}
-_TEXTS = ("id", "title", "context", "question")
+_NAMES = ("id", "title")  # which some files give as numbers
+_TEXTS = (*_NAMES, "context", "question")
 Answers = dict[str, list[Any]]
 """`{"text": [...], "answer_start": [...]}`, the answers of one question in the same order."""
 
@@ -54,9 +55,11 @@ def settle_answers(path: Path, columns: dict[str, list[Any]], bad: BadRows) -> d
     if "answers" not in columns:
         return columns
     found = [answers_of(value) for value in columns["answers"]]
-    wrong = {bad.number(i): one for i, one in enumerate(found) if isinstance(one, str)}
-    for number, problem in wrong.items():
-        bad.refuse(f"`{path}` cannot be used in row {number:,}: {problem}.", number)
+    wrong = {
+        bad.number(i) - bad.before: one for i, one in enumerate(found) if isinstance(one, str)
+    }
+    for row, problem in wrong.items():
+        bad.refuse(f"`{path}` cannot be used in row {row:,}: {problem}.", row)
     kept = [i for i, one in enumerate(found) if not isinstance(one, str)]
     settled = columns | {"answers": found}
     return {name: [values[i] for i in kept] for name, values in settled.items()}
@@ -112,7 +115,7 @@ def _questions(node: Any, known: dict[str, Any], place: str) -> Iterator[tuple[s
     name = next((name for name in _NESTED if isinstance(node, dict) and name in node), None)
     if name is None:
         asked = isinstance(node, dict) and "question" in node
-        yield place, known | node if asked else _nested_otherwise(node)
+        yield place, _named(known | node) if asked else _nested_otherwise(node)
         return
     above = known | {key: node[key] for key in ("title", "context") if key in node}
     place = f"{place}.{name}".removeprefix(".")
@@ -121,6 +124,13 @@ def _questions(node: Any, known: dict[str, Any], place: str) -> Iterator[tuple[s
         return
     for i, inner in enumerate(node[name]):
         yield from _questions(inner, above, f"{place}[{i}]")
+
+
+def _named(question: dict[str, Any]) -> dict[str, Any]:
+    """Return a question with numbers in place of names as texts."""
+    return question | {
+        name: str(question[name]) for name in _NAMES if _is_whole(question.get(name))
+    }
 
 
 def _nested_otherwise(node: Any) -> str:

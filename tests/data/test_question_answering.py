@@ -177,8 +177,25 @@ def test_settings_that_cannot_be_meant_are_refused(path, tokenizer):
         QuestionData(path=path).train_dataloader()
 
 
-def test_one_document_cannot_be_divided(tmp_path, tokenizer):
-    rows = [row(i, title="the only one") for i in range(9)]
+@pytest.mark.parametrize("documents", [1, 2])
+def test_questions_of_too_few_documents_are_drawn_one_by_one(tmp_path, tokenizer, documents):
+    rows = [row(i, title=f"book {i % documents}") for i in range(20)]
+    path = write(tmp_path / "r.jsonl", rows)
+    data = QuestionData(path=path, validation=0.1, test=0.2).connect(tokenizer)
+    found = [{one["id"] for one in data.rows(split)} for split in ("train", "validation", "test")]
+    assert [len(ids) for ids in found] == ([14, 2, 4] if documents == 1 else [9, 1, 10])
+    assert len(set.union(*found)) == 20
+
+
+def test_a_single_question_cannot_be_divided(tmp_path, tokenizer):
+    data = QuestionData(path=write(tmp_path / "r.jsonl", [row(1)])).connect(tokenizer)
+    with pytest.raises(DataError, match="at least 2 rows to hold one of them out, but there are 1"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("column", ["id", "title"])
+def test_what_is_no_name_is_told(tmp_path, tokenizer, column):
+    rows = [row(i) | {column: [i]} for i in range(4)]
     data = QuestionData(path=write(tmp_path / "r.jsonl", rows)).connect(tokenizer)
-    with pytest.raises(DataError, match="at least 2 documents to hold one of them out"):
+    with pytest.raises(DataError, match=rf"^row 1 .*`{column}` must be a text or a number, but is"):
         data.setup("fit")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.sources import read_file
+from lightning_peft.data.sources import read_file, read_files
 from lightning_peft.data.squad import answers_of
 from lightning_peft.errors import DataError
 
@@ -55,6 +55,25 @@ def test_forms_give_the_same_rows(tmp_path, document):
     assert rows == FLAT
 
 
+def test_numbers_that_name_a_question_become_texts(tmp_path):
+    document = nested(question(id=7), question(id=8))
+    document["data"][0]["title"] = 12
+    rows, _ = read(write(tmp_path, document))
+    assert [(row["id"], row["title"]) for row in rows] == [("7", "12"), ("8", "12")]
+
+
+def test_of_several_files_the_right_one_and_its_row_are_told(tmp_path):
+    odd = FLAT[0] | {"answers": {"text": ["x"], "answer_start": []}}
+    for name, rows in (("1", FLAT), ("2", [FLAT[0], odd, FLAT[1]])):
+        write(tmp_path, "\n".join(map(json.dumps, rows)), f"{name}.jsonl")
+    paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    with pytest.raises(DataError, match=r"2\.jsonl` cannot be used in row 2: `answers` must have"):
+        read_files(paths, "squad")
+    bad = BadRows(skip=True)
+    assert len(read_files(paths, "squad", bad=bad)) == 4
+    assert [bad.number(i) for i in range(4)] == [1, 2, 3, 5]
+
+
 def test_a_question_without_an_answer_has_none(tmp_path):
     impossible = question(2, is_impossible=True, answers=[], plausible_answers=[{"text": "x"}])
     rows, _ = read(write(tmp_path, nested(question(1, is_impossible=False), impossible)))
@@ -82,6 +101,7 @@ def test_what_is_predicted_needs_no_answers(tmp_path):
         (nested(question(answers=[{"text": "London"}])), "`answer_start` must be a whole number"),
         (nested(question(is_impossible=True)), "`is_impossible` must be false for a question with"),
         (nested(question(id="\ud800")), "`id` must be UTF-8"),
+        (nested(question(id=["a"])), r"`id` must be a text, but is \['a'\]"),
     ],
 )
 def test_what_is_nested_or_typed_otherwise_is_told(tmp_path, document, message):
