@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.chat_format import IGNORED, ChatFormat, Encoded
-from lightning_peft.data.conversations import Turn, asked, fault, turns_of
+from lightning_peft.data.conversations import Turn, asked, fault, turns_of, unanswered
 from lightning_peft.data.origin import Origin
 from lightning_peft.data.packing import cut, packed
 from lightning_peft.data.rows import Choice, Loading, RowData
@@ -152,7 +152,7 @@ class ChatData(RowData):
         return {"messages": self.messages}
 
     def problems(self, split: str, rows: "Dataset", number: Callable[[int], int]) -> dict[int, str]:
-        wrong = (fault(turns, split != "predict") for turns in self._turns(rows))
+        wrong = (fault(turns, split != "predict") for turns in self._turns(rows, split))
         origin = self.origin.name(split)
         return {
             i: f"row {number(i):,} of {origin} cannot be used: {reason}; or {SKIP}."
@@ -169,7 +169,7 @@ class ChatData(RowData):
     def items(self, split: str, rows: "Dataset") -> "Dataset":
         from datasets import Dataset, concatenate_datasets
 
-        conversations = self._turns(rows)
+        conversations = self._turns(rows, split)
         if split == "predict":
             prompts = [self._prompt(asked(turns, answered=False)) for turns in conversations]
             return Dataset.from_dict({"prompt": prompts})
@@ -192,7 +192,7 @@ class ChatData(RowData):
         return ChatCollator(int(self.format.tokenizer.pad_token_id or 0))
 
     def inputs(self, split: str) -> list[list[Turn]]:
-        turns = self._turns(self.chosen(split))
+        turns = self._turns(self.chosen(split), split)
         return [asked(one, answered=split != "predict") for one in turns]
 
     def targets(self, split: str) -> list[str]:
@@ -202,11 +202,12 @@ class ChatData(RowData):
         wanted = (self.messages, _SHAREGPT)
         return next((column for column in wanted if column in rows.column_names), None)
 
-    def _turns(self, rows: "Dataset") -> list[Any]:
+    def _turns(self, rows: "Dataset", split: str = "train") -> list[Any]:
         """Return the conversation of each row; something else where it is none."""
         column = self._column(rows)
         found = self._pairs(rows) if column is None else map(turns_of, rows[column])
-        return [self._begun(turns) for turns in found]
+        begun = [self._begun(turns) for turns in found]
+        return list(map(unanswered, begun)) if split == "predict" else begun
 
     def _pairs(self, rows: "Dataset") -> list[Any]:
         column = self.prompt if self.prompt in rows.column_names else _TEXT

@@ -63,6 +63,13 @@ def asked(turns: Sequence[Turn], answered: bool) -> list[Turn]:
     return list(turns[: last + 1])
 
 
+def unanswered(turns: Any) -> Any:
+    """Return a conversation without an answer at its end, be it empty; as it is if it is none."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    answered = isinstance(last, Mapping) and last.get("role") == "assistant"
+    return turns[:-1] if answered else turns
+
+
 def _turn(message: Any) -> Any:
     if not isinstance(message, Mapping):
         return message
@@ -74,7 +81,7 @@ def _turn(message: Any) -> Any:
 
 
 def _wrong_turn(turn: Any, before: str) -> str:
-    if not isinstance(turn, Mapping) or "role" not in turn:
+    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         return f"must have `role` and `content` (or `from` and `value`), but is {_shown(turn)}"
     role, content = turn["role"], turn["content"]
     if role not in ROLES:

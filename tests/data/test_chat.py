@@ -66,6 +66,27 @@ def test_texts_can_be_answered(tmp_path):
     assert set(batch) == {"row_asked", "row_prompts", "row_prompt_mask", "row_references"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "prompt,response\nhello,\nhow are you,fine\n"),
+        ("t.jsonl", '{"prompt": "hello", "response": null}\n{"prompt": "how are you"}\n'),
+        (
+            "t.json",
+            '{"messages": [{"role": "user", "content": "hello"}]}\n{"messages": [{"role": "user", '
+            '"content": "how are you"}, {"role": "assistant", "content": ""}]}\n',
+        ),
+    ],
+)
+def test_what_is_predicted_needs_no_answer(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    data = loaded({"predict": str(tmp_path / name)})
+    assert data.inputs("predict") == [chat("hello"), chat("how are you")]
+    assert len(next(iter(data.predict_dataloader()))["row_prompts"]) == 2
+    with pytest.raises(DataError, match="row 1 of .* cannot be used"):
+        loaded({"test": str(tmp_path / name)}).inputs("test")
+
+
 def test_a_batch_asks_the_first_rows(files):
     data = loaded(files, batch_size=2)
     data.samples = 1
@@ -129,6 +150,13 @@ def test_bad_conversations_are_named_or_left_out(tmp_path, messages, message):
     data = loaded({"test": path}, skip_bad_rows=True)
     assert data.targets("test") == ["fine thanks", "y"]
     assert data.skipped["test"] == 1
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": None}, {"content": "a"}, {}, "a"])
+def test_a_message_of_a_file_without_a_key_is_told(tmp_path, message):
+    path = write_rows(tmp_path / "bad.jsonl", [{"messages": [message]}])
+    with pytest.raises(DataError, match="row 1 of .* cannot be used: message 1 must "):
+        loaded({"test": path}).setup("test")
 
 
 def test_a_missing_column_names_what_there_is(tmp_path):
