@@ -81,9 +81,16 @@ def is_utf8(text: str, path: Path, bad: BadRows, row: int | None = None) -> bool
     Raises:
         DataError: It does, and bad rows are not to be left out.
     """
+    if not is_unicode(text):
+        bad.refuse(f"`{path}` must be UTF-8, but is not in {text[:40]!r}.", row)
+        return False
+    return True
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        bad.refuse(f"`{path}` must be UTF-8, but is not in {text[:40]!r}.", row)
         return False
     return True

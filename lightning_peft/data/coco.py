@@ -1,15 +1,16 @@
 """COCO: one JSON file of images, annotations and categories for each split."""
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.bad_rows import SKIP, BadRows
+from lightning_peft.data.json_lines import parsed
 from lightning_peft.errors import DataError
 
 _Id = int | str
+_FAR = 1e9  # pixels; no number that is none, and no infinite one, is less
 _PARTS = ("images", "annotations", "categories")
 
 
@@ -51,9 +52,11 @@ def _annotated(
         key = annotation.get("image_id") if isinstance(annotation, Mapping) else None
         if wrong:
             bad.refuse(f"annotation {number:,} of `{file}` {wrong}: correct it, or {SKIP}.")
-            spoilt.add(key)  # type: ignore[arg-type]  # one of no image spoils none
+            if isinstance(key, _Id):  # one of no image spoils none
+                spoilt.add(key)
             continue
-        seen.add(annotation.get("id", number))
+        if annotation.get("id") is not None:
+            seen.add(annotation["id"])
         x, y, width, height = map(float, annotation["bbox"])
         row = found[key]  # type: ignore[index]  # `_fault` looked it up
         row["boxes"].append([x, y, x + width, y + height])
@@ -64,11 +67,13 @@ def _annotated(
 
 def _content(file: Path, parts: tuple[str, ...]) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = parsed(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`{file}` cannot be read: {error}.") from error
     except json.JSONDecodeError as error:
         raise DataError(f"`{file}` is damaged in line {error.lineno:,}: {error}.") from error
+    except ValueError as error:
+        raise DataError(f"`{file}` cannot be read: {error}.") from error
     lists = isinstance(content, dict) and all(isinstance(content.get(p), list) for p in parts)
     if not lists:
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
@@ -101,6 +106,9 @@ def _fault(
 ) -> str:
     if not isinstance(annotation, dict):
         return f"must be an object, but is {annotation!r}"
+    for name in ("id", "image_id", "category_id"):
+        if not isinstance(annotation.get(name), Hashable):
+            return f"must have a number or a text as `{name}`, but has {annotation[name]!r}"
     if annotation.get("id") in seen:
         return f"must have an `id` of its own, but has {annotation['id']}, which another has too"
     if annotation.get("image_id") not in images:
@@ -117,7 +125,7 @@ def _fault(
 
 def _is_number(value: Any) -> bool:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and math.isfinite(value)
+    return known and abs(value) < _FAR
 
 
 def _folder(file: Path, images: Mapping[_Id, Any]) -> Path:

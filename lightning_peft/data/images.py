@@ -112,7 +112,8 @@ def _turned(image: "Image") -> "Image":
         Transpose.TRANSVERSE,
         Transpose.ROTATE_90,
     )
-    turn = dict(enumerate(turns, 2)).get(image.getexif().get(Base.Orientation))
+    by_number: dict[Any, Transpose] = dict(enumerate(turns, 2))
+    turn = by_number.get(image.getexif().get(Base.Orientation))
     return image if turn is None else image.transpose(turn)
 
 

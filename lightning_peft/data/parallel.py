@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.bad_rows import BadRows, is_unicode
 from lightning_peft.errors import DataError, near_misses
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def read_parallel(files: Mapping[str, str], bad: BadRows) -> "Dataset":
         i: f"`{files[name]}` must be UTF-8, but is not in line {i + 1:,}: convert the file."
         for name, lines in columns.items()
         for i, line in enumerate(lines)
-        if not _is_utf8(line)
+        if not is_unicode(line)
     }
     for i, reason in sorted(unreadable.items()):
         bad.refuse(reason, i + 1)
@@ -75,7 +75,3 @@ def _lines(path: Path) -> list[str]:
     if not lines:
         raise DataError(f"`{path}` must hold at least one line, but has none.")
     return lines
-
-
-def _is_utf8(line: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in line)

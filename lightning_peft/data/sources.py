@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_peft.data.bad_rows import SKIP, BadRows, is_utf8
 from lightning_peft.data.conll import read_conll
-from lightning_peft.data.json_lines import columns_of_objects
+from lightning_peft.data.json_lines import begins_a_list, columns_of_json, columns_of_objects
 from lightning_peft.data.squad import read_squad, settle_answers
 from lightning_peft.errors import DataError, near_misses
 from lightning_peft.models import HubAnswer, ask_hub
@@ -49,9 +49,9 @@ def read_file(
 
     Args:
         path: A file in UTF-8. Nothing is cached, so a changed file is never read stale.
-        file_format: csv, tsv (tabs, no quoting), jsonl (one object a line), parquet, txt (one text
-            a line, column text), conll (one word a line, columns tokens and labels) or squad
-            (questions in JSON, nested or one a line); None takes the extension's.
+        file_format: csv, tsv (tabs, no quoting), jsonl (objects, one a line or all in one list),
+            parquet, txt (one text a line, column text), conll (one word a line, columns tokens and
+            labels) or squad (questions in JSON, nested or one a line); None takes the extension's.
         columns: Names of the columns of a csv or tsv file without a header line.
         bad: What becomes of rows that cannot be read; None refuses the first.
 
@@ -254,7 +254,7 @@ def _read_text(path: Path, kind: str, columns: Sequence[str] | None, bad: BadRow
     errors = "surrogateescape" if bad.skip else "strict"
     with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
         if kind == "jsonl":
-            table = columns_of_objects(path, file, bad)
+            table = columns_of_json(path, file, bad)
         elif kind == "conll":
             table = read_conll(path, file, bad)
         elif kind == "squad":
@@ -324,6 +324,11 @@ def _columns_of_questions(path: Path, file: TextIO, bad: BadRows) -> dict[str, l
 def _blocks_of_objects(path: Path, bad: BadRows, size: int) -> Iterator["Dataset"]:
     errors, first = "surrogateescape" if bad.skip else "strict", 1
     with path.open(encoding="utf-8-sig", newline="", errors=errors) as file:
+        if begins_a_list(file):
+            raise DataError(
+                f"`streaming` must be false for a list of objects, which is read as a whole: write "
+                f"`{path}` as JSON lines."
+            )
         while lines := list(itertools.islice(file, size)):
             yield _as_rows(path, columns_of_objects(path, lines, bad, first))
             first += len(lines)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.bad_rows import BadRows, is_unicode
+from lightning_peft.data.json_lines import parsed
 from lightning_peft.errors import DataError
 
 _NESTED = {"data": "articles", "paragraphs": "paragraphs", "qas": "questions"}
@@ -55,9 +56,7 @@ def settle_answers(path: Path, columns: dict[str, list[Any]], bad: BadRows) -> d
     if "answers" not in columns:
         return columns
     found = [answers_of(value) for value in columns["answers"]]
-    wrong = {
-        bad.number(i) - bad.before: one for i, one in enumerate(found) if isinstance(one, str)
-    }
+    wrong = {bad.number(i) - bad.before: one for i, one in enumerate(found) if isinstance(one, str)}
     for row, problem in wrong.items():
         bad.refuse(f"`{path}` cannot be used in row {row:,}: {problem}.", row)
     kept = [i for i, one in enumerate(found) if not isinstance(one, str)]
@@ -85,7 +84,7 @@ def answers_of(value: Any) -> Answers | str | None:
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
         return f"`answers` must have a `text` for each `answer_start`, but is {_short(value)}"
     for text, start in zip(texts, starts, strict=True):
-        if not isinstance(text, str) or not _is_utf8(text):
+        if not isinstance(text, str) or not is_unicode(text):
             return f"`text` of an answer must be a text in UTF-8, but is {_short(text)}"
         if not _is_whole(start):
             return f"`answer_start` must be a whole number, but is {_short(start)}"
@@ -95,12 +94,14 @@ def answers_of(value: Any) -> Answers | str | None:
 def _document(path: Path, text: str) -> Any:
     """Return the document; None where each line is one by itself."""
     try:
-        document = json.loads(text)
+        document = parsed(text)
     except json.JSONDecodeError as error:
         first = text.lstrip().partition("\n")[0]
         if error.msg == "Extra data" or first.rstrip().endswith("}"):
             return None
         raise DataError(f"`{path}` is damaged in line {error.lineno:,}: {error}.") from error
+    except ValueError as error:
+        raise DataError(f"`{path}` cannot be read: {error}.") from error
     one_line = isinstance(document, dict) and "question" in document and "\n" not in text.strip()
     return None if one_line else document
 
@@ -149,7 +150,7 @@ def _problem(found: dict[str, Any] | str) -> str:
         value = found.get(name)
         if value is not None and not isinstance(value, str):
             return f"`{name}` must be a text, but is {_short(value)}"
-        if value is not None and not _is_utf8(value):
+        if value is not None and not is_unicode(value):
             return f"`{name}` must be UTF-8, but is not in {value[:40]!r}"
     answers = _answers_in(found)
     return answers if isinstance(answers, str) else ""
@@ -167,14 +168,6 @@ def _answers_in(found: Mapping[str, Any]) -> Answers | str | None:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ BAD = [
     ('{"text": "a"}', "missing in row 3"),
     ('{"text": "a", "label": "goood"}', "'goood' in row 3 of .* Did you mean `good`"),
     ('{"text": "a", "label": ', "damaged in line 3"),
-    ("[1]", "has list in line 3"),
+    ("[1]", "has a list in line 3"),
     ('{"text": "caf\udce9", "label": "good"}', "must be UTF-8"),
 ]
 

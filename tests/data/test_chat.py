@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import pytest
@@ -73,8 +74,7 @@ def test_texts_can_be_answered(tmp_path):
         ("t.jsonl", '{"prompt": "hello", "response": null}\n{"prompt": "how are you"}\n'),
         (
             "t.json",
-            '{"messages": [{"role": "user", "content": "hello"}]}\n{"messages": [{"role": "user", '
-            '"content": "how are you"}, {"role": "assistant", "content": ""}]}\n',
+            json.dumps([{"messages": chat("hello")}, {"messages": chat("how are you", "")}]),
         ),
     ],
 )
@@ -83,7 +83,7 @@ def test_what_is_predicted_needs_no_answer(tmp_path, name, text):
     data = loaded({"predict": str(tmp_path / name)})
     assert data.inputs("predict") == [chat("hello"), chat("how are you")]
     assert len(next(iter(data.predict_dataloader()))["row_prompts"]) == 2
-    with pytest.raises(DataError, match="row 1 of .* cannot be used"):
+    with pytest.raises(DataError, match=r"row 1 of .* cannot be used"):
         loaded({"test": str(tmp_path / name)}).inputs("test")
 
 
@@ -155,7 +155,7 @@ def test_bad_conversations_are_named_or_left_out(tmp_path, messages, message):
 @pytest.mark.parametrize("message", [{"role": "user"}, {"role": None}, {"content": "a"}, {}, "a"])
 def test_a_message_of_a_file_without_a_key_is_told(tmp_path, message):
     path = write_rows(tmp_path / "bad.jsonl", [{"messages": [message]}])
-    with pytest.raises(DataError, match="row 1 of .* cannot be used: message 1 must "):
+    with pytest.raises(DataError, match=r"row 1 of .* cannot be used: message 1 must "):
         loaded({"test": path}).setup("test")
 
 

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset
 
 from lightning_peft.data import sources
+from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.sources import bad_texts, read_file, read_hub, require_columns
 from lightning_peft.errors import DataError
 from lightning_peft.models import HubAnswer
@@ -118,10 +119,32 @@ def test_damaged_csv_is_refused_with_its_line(tmp_path, content, message):
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text": }\n', "damaged in line 2"),
-        ('{"text": "a"}\n[1, 2]\n', "one JSON object in each line, but has list in line 2"),
+        ('{"text": "a"}\n[1, 2]\n', "one JSON object in each row, but has a list in line 2"),
         ('{"text": "a"}\n{"text": 3}\n', "values of one type a column"),
         ('{"text": "a"}\n{"text": ["b"]}\n', "values of one type a column"),
         ("", "at least one row"),
+        (
+            '{"n": 1}\n{"n": 9223372036854775808}\n',
+            "a number as `n`, but has a number of more than",
+        ),
+        ('{"n": 1}\n{"n": ' + "9" * 5000 + "}\n", "damaged in line 2: Exceeds the limit"),
+        ('{"n": 18446744073709551616}\n', "a number as `n`, but has a number of more than 64 bits"),
+        ('{"t": "a"}\n{"t": {"u": "\\ud800"}}\n{"t": {"u": "b"}}', "but `t` is a text in row 1"),
+        ('{"t": "\\ud800"}\n', "a text as `t`, but has a text that is not UTF-8 in row 1"),
+        (
+            '{"t": []}\n{"t": ' + "[" * 60 + "]" * 60 + "}\n",
+            "damaged in line 2: .* at most 50 deep",
+        ),
+        ('{"t": 1}\n{"t": ' + "[" * 9999 + "]" * 9999 + "}\n", "damaged in line 2: .* 50 deep"),
+        ("[1]\n[2]\n", "one JSON object in each row, but has a list in line 1"),
+        ('[{"text": "a"},\n{"text": ]\n', "damaged in line 2"),
+        ('[{"text": "a"}, 3]', "one JSON object in each row, but has a number in row 2"),
+        (
+            '[{"text": "a"}, {"text": "b"}, {"text": 3}]',
+            "`text` is a number in row 3 and a text in",
+        ),
+        ("[" * 60 + "]" * 60, "cannot be read: lists and objects must stand in each other at most"),
+        ("[]", "at least one row"),
     ],
 )
 def test_damaged_json_lines_are_refused_with_their_line(tmp_path, content, message):
@@ -129,6 +152,23 @@ def test_damaged_json_lines_are_refused_with_their_line(tmp_path, content, messa
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_file(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\r\n "])
+def test_a_list_of_objects_is_read(tmp_path, indent, begin):
+    path = tmp_path / "rows.json"
+    path.write_text(begin + json.dumps(ROWS, indent=indent), encoding="utf-8", newline="\r\n")
+    assert read_file(path).to_list() == ROWS
+
+
+def test_a_bad_object_of_a_list_is_left_out_when_asked(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"t": "a"}, {"t": "\xff"}, 7, {"t": "b [[["}, {"t": 5}, {"t": "c"}]')
+    bad = BadRows(skip=True)
+    assert [row["t"] for row in read_file(path, bad=bad)] == ["a", "b [[[", "c"]
+    assert [bad.number(i) for i in range(3)] == [1, 4, 6]
+    assert len(bad.reasons) == 3
 
 
 def test_damaged_parquet_is_refused(tmp_path):

@@ -160,6 +160,15 @@ def test_what_needs_all_rows_is_refused(tmp_path, monkeypatch, settings, message
         use()
 
 
+def test_a_list_of_objects_is_not_streamed(tmp_path):
+    data = numbered.data(tmp_path, streaming=True)
+    (tmp_path / "train.jsonl").write_text('[\n{"text": "w0", "label": "a"}]')
+    with pytest.raises(
+        DataError, match=r"`streaming` must be false for a list of objects.*JSON li"
+    ):
+        list(data.train_dataloader())
+
+
 def test_a_fit_without_an_end_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`trainer\.max_steps` must be given"):
         fit(numbered.data(tmp_path, streaming=True), -1, max_epochs=1)
