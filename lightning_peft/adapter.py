@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.carrying.in_place import InPlace
+from lightning_peft.carrying.placed import Placed
 from lightning_peft.carrying.registry import (
     adapters_of,
     modules_of,
@@ -18,22 +19,13 @@ from lightning_peft.carrying.registry import (
     tell_transformers,
 )
 from lightning_peft.carrying.state import check_state
-from lightning_peft.delta import (
-    SLOT,
-    Delta,
-    NotMergeable,
-    Slot,
-    attach,
-    detach,
-    plain_name,
-    slot_of,
-)
+from lightning_peft.delta import SLOT, Delta, NotMergeable, Slot, plain_name
 from lightning_peft.errors import AdapterError
 from lightning_peft.fingerprint import fingerprint_for
 from lightning_peft.merging.folding import Opened, fold_all
 from lightning_peft.merging.scaling import scale_of, set_scale
 from lightning_peft.structure.anatomy import head_parameters
-from lightning_peft.training.optimizers import parameter_groups
+from lightning_peft.training.optimizers import lr_scales, parameter_groups
 
 if TYPE_CHECKING:
     from lightning_peft.method import Method
@@ -68,17 +60,14 @@ class Adapter:
         present = adapters_of(model)
         self._check_place(present)
         self._found = {a: a.trainable for a in present.values() if a.active}
-        self._hosts: list[tuple[str, str]] = []
-        self._slots: list[tuple[Slot, str]] = []
-        self._own = InPlace(model, name, in_place)
+        self._placed, self._own = Placed(model), InPlace(model, name, in_place)
         registry = registry_of(model)
         try:
             for other in present.values():
                 other._step_back()
             model.requires_grad_(False)
             for host, key, delta in deltas:
-                self._slots.append((attach(model.get_submodule(host), key, delta), key))
-                self._hosts.append((plain_name(host), key))
+                self._placed.attach(host, key, delta)
             if in_place:
                 self._own.take(keep=all(method.keeps_original for method in methods))
         except BaseException:
@@ -107,15 +96,11 @@ class Adapter:
     def deltas(self) -> list[tuple[str, nn.Module, Delta]]:
         """The host's name, the host and the delta, for each delta in the order of attachment."""
         self._require_present()
-        modules = modules_of(self.model)
-        hosts = [(name, key, modules[name]) for name, key in self._hosts]
-        return [(name, host, cast(Delta, slot_of(host)[key])) for name, key, host in hosts]
+        return self._placed.deltas()
 
     def deltas_of(self, method: "Method") -> dict[str, Delta]:
         """Return the deltas of one of the adapter's methods by the name of their host."""
-        key, modules = f"{self.name}_{method.kind}", modules_of(self.model)
-        hosts = [host for host, own in self._hosts if own == key]
-        return {host: cast(Delta, slot_of(modules[host])[key]) for host in hosts}
+        return self._placed.named(f"{self.name}_{method.kind}")
 
     @functools.cached_property
     def base_fingerprint(self) -> dict[str, Any]:
@@ -180,13 +165,7 @@ class Adapter:
     @property
     def lr_scales(self) -> dict[str, float]:
         """By name, how many times faster a parameter learns, where it is not once."""
-        methods = {f"{self.name}_{method.kind}": method for method in self.methods}
-        scales = {}
-        for name in self.named_parameters():
-            key, _, rest = name.partition(f"{SLOT}.")[2].partition(".")
-            if key in methods:
-                scales[name] = methods[key].lr_scale(rest)
-        return {name: scale for name, scale in scales.items() if scale != 1}
+        return lr_scales(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors and the buffers that they need, by the model's own keys."""
@@ -259,7 +238,7 @@ class Adapter:
             other.deactivate()
         self.activate()
         if self._own.parked:
-            self._slots = self._slots[: len(self._hosts)]
+            self._placed.forget_parked()
             self._own.unpark()
             tell_transformers(self.model)
         return self.requires_grad_()
@@ -295,7 +274,7 @@ class Adapter:
 
     def placed(self) -> list[tuple[Slot, str]]:
         """Return where each of its deltas is: the slot of its host, and its name there."""
-        return list(self._slots)
+        return list(self._placed.slots)
 
     def replaced(self, what: str) -> dict[str, dict[str, Tensor]]:
         """Return by module and name the base's values of what it has in the model's own tensors.
@@ -429,7 +408,7 @@ class Adapter:
         """Return the tensors of `state_dict()` themselves, not detached."""
         buffers = {
             f"{root}{name}": buffer
-            for root, (_, _, delta) in zip(self._roots(), self.deltas, strict=True)
+            for root, (_, _, delta) in zip(self._placed.prefixes(), self.deltas, strict=True)
             for name, buffer in delta.named_buffers()
         }
         return {**self.named_parameters(), **buffers, **self._own.tensors()}
@@ -454,8 +433,7 @@ class Adapter:
 
     def _let_act(self, active: bool) -> None:
         self.active = active
-        for slot, key in self._slots:
-            slot.let_act(key, active)
+        self._placed.let_act(active)
 
     def _enable(self) -> None:
         if self._tuned is not None:
@@ -465,7 +443,7 @@ class Adapter:
 
     def _park(self) -> None:
         self._freeze_in_place()
-        self._slots += [(slot, self._own.key) for slot in self._own.park()]
+        self._placed.slots += [(slot, self._own.key) for slot in self._own.park()]
         self.requires_grad_(self.trainable)
         tell_transformers(self.model)
 
@@ -487,9 +465,7 @@ class Adapter:
         return self.model
 
     def _detach(self) -> None:
-        modules = modules_of(self.model)
-        for host, key in reversed(self._hosts):
-            detach(modules[host], key)
+        self._placed.detach()
         if self._own.parked:
             self._own.discard()
         else:
@@ -514,10 +490,7 @@ class Adapter:
                 "after that context, or in a copy `activate()` first."
             )
 
-    def _roots(self) -> list[str]:
-        return [f"{host}.{SLOT}.{key}.".lstrip(".") for host, key in self._hosts]
-
     def _added(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        roots = tuple(self._roots())
+        roots = tuple(self._placed.prefixes())
         plain = ((plain_name(name), tensor) for name, tensor in named)
         return {n: t for n, t in plain if f"{SLOT}." in n and n.startswith(roots)}

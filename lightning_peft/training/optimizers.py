@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_peft.delta import SLOT
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +61,17 @@ def parameter_groups(
         decay = weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rate * scales.get(name, 1.0), decay), []).append(parameter)
     return [{"params": p, "lr": rate, "weight_decay": wd} for (rate, wd), p in groups.items()]
+
+
+def lr_scales(adapter: "Adapter") -> dict[str, float]:
+    """Return by name how many times faster a parameter learns, where it is not once."""
+    methods = {f"{adapter.name}_{method.kind}": method for method in adapter.methods}
+    scales = {}
+    for name in adapter.named_parameters():
+        key, _, rest = name.partition(f"{SLOT}.")[2].partition(".")
+        if key in methods:
+            scales[name] = methods[key].lr_scale(rest)
+    return {name: scale for name, scale in scales.items() if scale != 1}
 
 
 def check_scales(configured: Any, adapter: "Adapter | AdapterGroup") -> None:
