@@ -27,6 +27,13 @@ def superclass(marked: type) -> type:
     return base
 
 
+def original(marked: type) -> type:
+    """Return the class that `marked` was before any of its layers; itself without one."""
+    while "_made_of" in vars(marked):
+        marked = superclass(marked)
+    return marked
+
+
 def without(marked: type, *mixins: type) -> type:
     """Return the class `marked` without the layer of `mixins` in it."""
     base, found = marked._made_of  # type: ignore[attr-defined]
@@ -50,7 +57,5 @@ def _rebuild(base: type, *layers: tuple[type, ...]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    base, layers = type(self), mixins_of(type(self))  # a host may have been marked more than once
-    for _ in layers:
-        base = superclass(base)
-    return _rebuild, (base, *reversed(layers)), self.__getstate__()
+    layers = mixins_of(type(self))  # a host may have been marked more than once
+    return _rebuild, (original(type(self)), *reversed(layers)), self.__getstate__()

@@ -206,7 +206,8 @@ class PEFTModule(pl.LightningModule):
     def _evaluate(self, batch: Any, split: str, metrics: MetricCollection) -> None:
         out = self.task.evaluate(self.model, batch)
         size = len(out.targets) if out.targets is not None else None
-        self.log(f"{split}/loss", out.loss, prog_bar=True, batch_size=size, sync_dist=True)
+        weight = size if out.weight is None else out.weight
+        self.log(f"{split}/loss", out.loss, prog_bar=True, batch_size=weight, sync_dist=True)
         metrics.update(out.predictions, out.targets)
         self.log_dict(metrics, prog_bar=True, batch_size=size)
 

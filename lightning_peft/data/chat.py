@@ -38,9 +38,8 @@ class ChatData(RowData):
 
     Batches are dictionaries of tensors: `input_ids`, `labels` (the same numbers where the assistant
     speaks, else -100) and `attention_mask`, or `position_ids` where conversations share a row, all
-    `(rows, tokens)`. Rows that are to be answered are numbered in `row_asked` `(asked,)`, with
-    `row_prompts` and `row_prompt_mask`, both `(asked, tokens)` and padded on the left, and the
-    texts `row_references`.
+    `(rows, tokens)`. A batch to be answered has `input_ids` and `attention_mask` alone, padded on
+    the left, and `row_references`, the texts that are right, where they are known.
 
     Args:
         path: One file, for `predict` the one to answer and else the one to train on; or files by
@@ -115,7 +114,7 @@ class ChatData(RowData):
         self.system, self.chat_template = system, chat_template
         self.max_length, self.pack = max_length, pack
         self.samples = 0
-        """So many rows of the validation and of the test split are answered, the first ones."""
+        """So many rows of the validation and of the test split can be asked, the first ones."""
         self._format: ChatFormat | None = None
 
     def connect(
@@ -256,14 +255,15 @@ class EncodeChats:
 
 @dataclasses.dataclass(frozen=True)
 class ChatCollator:
-    """Makes a batch of items."""
+    """Makes a batch of items: to learn from, or where there are no labels to be answered."""
 
     padding: int
+    asks: bool = False
+    """Leave out what the assistant says at last, so that the model answers by itself."""
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = self._conversations(items) if "input_ids" in items[0] else {}
-        asked = [i for i, item in enumerate(items) if item.get("prompt") is not None]
-        return batch | (self._prompts([items[i] for i in asked], asked) if asked else {})
+        answered = "labels" in items[0] and not self.asks
+        return self._conversations(items) if answered else self._prompts(items)
 
     def _conversations(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [torch.tensor(item["input_ids"]) for item in items]
@@ -279,15 +279,16 @@ class ChatCollator:
         positions = [i["positions"] + list(range(width - len(i["positions"]))) for i in items]
         return batch | {"position_ids": torch.tensor(positions)}
 
-    def _prompts(self, items: Sequence[Mapping[str, Any]], asked: list[int]) -> dict[str, Any]:
+    def _prompts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ids = [torch.tensor(item["prompt"]) for item in items]
         masks = [torch.ones_like(one) for one in ids]
-        return {
-            "row_asked": torch.tensor(asked),
-            "row_prompts": pad_sequence(ids, True, self.padding, padding_side="left"),
-            "row_prompt_mask": pad_sequence(masks, True, 0, padding_side="left"),
-            "row_references": [item.get("reference") for item in items],
+        batch: dict[str, Any] = {
+            "input_ids": pad_sequence(ids, True, self.padding, padding_side="left"),
+            "attention_mask": pad_sequence(masks, True, 0, padding_side="left"),
         }
+        if "reference" in items[0]:
+            batch["row_references"] = [item["reference"] for item in items]
+        return batch
 
 
 def _shared(encoded: "Dataset", room: int) -> "Dataset":

@@ -25,6 +25,8 @@ class Judgement:
     split: str
     metrics: dict[str, float]
     """Metrics of the task by name, without the split's prefix."""
+    rows: int | None
+    """How many the split has; None where nobody can say."""
     inputs: list[Any]
     """What the model read of each row that was predicted."""
     targets: list[Any]
@@ -79,10 +81,10 @@ def judge(
         found = trainer.validate(module, loader, verbose=False)
     inputs, targets, predictions = _row_by_row(trainer, module, data, split, loader)
     metrics = {name.partition("/")[2]: float(value) for name, value in found[0].items()}
-    metrics = {name.partition("/")[2]: float(value) for name, value in found[0].items()}
     return Judgement(
         checkpoint=checkpoint,
         split=split,
+        rows=len(data.targets(split)) if isinstance(data, KnownRows) else None,
         metrics=metrics | module.task.scores(targets, predictions),
         inputs=inputs,
         targets=targets,
@@ -109,6 +111,8 @@ def _row_by_row(
     inputs, targets = data.inputs(split), data.targets(split)
     if numbers is not None:
         inputs, targets = [inputs[i] for i in numbers], [targets[i] for i in numbers]
+    if not inputs:
+        return [], [], []
     readable, predictions = module.task.readable, predictions_of(trainer, module, asked)
     shown = [readable(read, found) for read, found in zip(inputs, predictions, strict=True)]
     return inputs, targets, shown

@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from lightning_peft.data.chat_format import ChatFormat
 from lightning_peft.data.conversations import Turn
 from lightning_peft.errors import ConfigError
+from lightning_peft.structure.cores import core_of
+from lightning_peft.tasks.writing import virtual_tokens
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to whose last byte is to come
 
@@ -69,12 +71,8 @@ class Speaker:
     def __init__(self, model: Any, chat: ChatFormat, sampling: Sampling) -> None:
         self.model, self.chat, self.sampling = model, chat, sampling
         most = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-        self.room = min(most, chat.tokenizer.model_max_length) - sampling.max_new_tokens
-        if self.room < 1:
-            raise ConfigError(
-                f"`job.max_new_tokens` must leave room in the {most:,} tokens that the model can "
-                f"read, but is {sampling.max_new_tokens} instead."
-            )
+        self.most = min(most, chat.tokenizer.model_max_length)
+        self._room()
 
     def answer(self, turns: Sequence[Turn], tell: Callable[[str], None]) -> str:
         """Return the assistant's next turn; what was said until then where Ctrl-C stops it.
@@ -83,7 +81,7 @@ class Speaker:
             turns: The conversation so far; its oldest exchanges are left out once it is too long.
             tell: Is given each new piece of the text.
         """
-        ids = torch.tensor([self.chat.prompt(turns, self.room)], device=self.model.device)
+        ids = torch.tensor([self.chat.prompt(turns, self._room())], device=self.model.device)
         told = Telling(self.chat, tell)
         config = GenerationConfig(
             eos_token_id=self.chat.stops,
@@ -100,6 +98,18 @@ class Speaker:
         except KeyboardInterrupt:
             tell(" [stopped]")
         return told.text
+
+    def _room(self) -> int:
+        """Return how many tokens of a conversation fit, beside what the active adapter adds."""
+        virtual = virtual_tokens(core_of(self.model)[0].module)
+        room = self.most - virtual - self.sampling.max_new_tokens
+        if room < 1:
+            beside = f" beside {virtual} virtual ones" if virtual else ""
+            raise ConfigError(
+                f"`job.max_new_tokens` must leave room in the {self.most:,} tokens that the model "
+                f"can read{beside}, but is {self.sampling.max_new_tokens} instead."
+            )
+        return room
 
 
 class Telling(BaseStreamer):

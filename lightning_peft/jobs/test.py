@@ -47,7 +47,7 @@ def _was_given(setting: str) -> bool:
 
 
 def _print(found: judging.Judgement) -> None:
-    rows = f"{len(found.targets):,} rows, " if found.targets else ""
+    rows = f"{found.rows:,} rows, " if found.rows is not None else ""
     title = f"{found.split}: {rows}{found.checkpoint.name}"
     console = open_console()
     if found.per_class:

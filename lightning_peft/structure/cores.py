@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from lightning_peft.deltas.virtual_tokens import (
     Virtual,
 )
 from lightning_peft.errors import TargetError
+from lightning_peft.marker import original
 from lightning_peft.structure import anatomy
 from lightning_peft.structure.probe import run, tensors_of, words_of
 
@@ -276,7 +277,8 @@ def _require_sequence(core: Candidate, model: nn.Module) -> None:
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:
     try:
-        parameters = inspect.signature(type(module).forward).parameters.values()
+        kind = cast(type[nn.Module], original(type(module)))
+        parameters = inspect.signature(kind.forward).parameters.values()
     except (TypeError, ValueError):
         return ()
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

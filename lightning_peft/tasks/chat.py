@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
-from lightning_peft.baseline import Baseline, untouched_baseline
+from lightning_peft.baseline import Baseline
 from lightning_peft.data.chat_format import IGNORED, ChatFormat
 from lightning_peft.data.conversations import Turn
 from lightning_peft.errors import ConfigError
 from lightning_peft.report import Example
 from lightning_peft.tasks.outputs import logits_of, require_labels
 from lightning_peft.tasks.packing import check_packing
-from lightning_peft.tasks.replies import Distinct, Relevance, Reply, TokenScore
-from lightning_peft.tasks.task import StepOutput, Task
+from lightning_peft.tasks.replies import Reply, TokenScore, distinct, relevance
+from lightning_peft.tasks.task import StepOutput, Task, model_inputs
+from lightning_peft.tasks.writing import asking, written, written_baseline
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -34,13 +35,13 @@ class Chat(Task):
     cross-entropy over the assistant's tokens of a batch. `perplexity` is the exponential of its
     mean over all of a split's, `accuracy` the share of them that the model thinks the likeliest.
 
-    The first rows of a split are answered, too, by greedy decoding: `relevance` is the mean F1 of
-    the words that an answer shares with the given one, `distinct_2` the share of different pairs of
-    words in all answers, which is low for a model that says the same everywhere.
+    Where a split is judged its first rows are answered, too, by greedy decoding: `relevance` is the
+    mean F1 of the words that an answer shares with the given one, `distinct_2` the share of
+    different pairs of words in all answers, which is low for a model that says the same everywhere.
 
     Args:
         max_new_tokens: Tokens of an answer at most.
-        samples: How many rows of a split are answered while it is scored; 0 leaves both scores out.
+        samples: How many rows of a split are answered when it is judged; 0 leaves both scores out.
 
     Raises:
         ConfigError: A number is out of its range.
@@ -73,13 +74,10 @@ class Chat(Task):
         return model
 
     def metrics(self) -> MetricCollection:
-        found: dict[str, Any] = {
-            "perplexity": TokenScore("perplexity"),
-            "accuracy": TokenScore("accuracy"),
-        }
-        if self.samples:
-            found |= {"relevance": Relevance(), "distinct_2": Distinct()}
-        return MetricCollection(found, compute_groups=False)
+        return MetricCollection(
+            {"perplexity": TokenScore("perplexity"), "accuracy": TokenScore("accuracy")},
+            compute_groups=False,
+        )
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """Return the mean cross-entropy of the assistant's tokens; their numbers as targets."""
@@ -87,36 +85,43 @@ class Chat(Task):
         return StepOutput(cross_entropy(logits, targets), logits.argmax(-1), targets)
 
     def evaluate(self, model: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """Return the loss, a `Reply` for each row, and the given replies where it is asked."""
+        """Return the loss, and how likely what the assistant says is in each row."""
         logits, targets, rows = _said(model, batch)
         losses = cross_entropy(logits, targets, reduction="none")
         count = len(batch["labels"])
         sums = torch.stack([losses.double(), torch.ones_like(losses), logits.argmax(-1) == targets])
         nll, tokens, right = sums.new_zeros(3, count).index_add(1, rows, sums).tolist()
-        texts: list[str | None] = [None] * count
-        given: list[str | None] = [None] * count
-        if "row_asked" in batch:
-            answers = self._answers(model, batch)
-            for row, answer, reference in zip(
-                batch["row_asked"].tolist(), answers, batch["row_references"], strict=True
-            ):
-                texts[row], given[row] = answer, reference
-        found = map(Reply, nll, map(int, tokens), map(int, right), texts)
-        return StepOutput(losses.mean(), list(found), given)
+        found = list(map(Reply, nll, map(int, tokens), map(int, right)))
+        return StepOutput(losses.mean(), found, batch["labels"], len(targets))
 
     def predictions(self, model: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the answer to each row that is asked; nothing for the others of a split."""
-        if "row_asked" not in batch:
-            return [{} for _ in batch["input_ids"]]
-        answers = dict(zip(batch["row_asked"].tolist(), self._answers(model, batch), strict=True))
-        count = len(batch.get("input_ids", batch["row_asked"]))
-        return [{"answer": answers[row]} if row in answers else {} for row in range(count)]
+        """Return the answer to each row of a batch to be answered."""
+        if self._format is None:
+            raise ConfigError("`equip(data, source)` must be called before a model can answer.")
+        found = written(
+            model,
+            model_inputs(batch),
+            max_new_tokens=self.max_new_tokens,
+            end=self._format.stops,
+            padding=int(self._format.tokenizer.pad_token_id or 0),
+        )
+        return [{"answer": self._format.text(row)} for row in found]
 
-    def example(
-        self, read: Sequence[Turn], target: str, prediction: Mapping[str, Any]
-    ) -> Example | None:
-        if "answer" not in prediction:
-            return None
+    def asked(self, loader: "DataLoader[Any]") -> "tuple[DataLoader[Any], Sequence[int]]":
+        """Return batches to be answered of the first rows."""
+        rows: Any = loader.dataset
+        numbers = range(min(self.samples, len(rows)))
+        return asking(loader, numbers), numbers
+
+    def scores(
+        self, targets: Sequence[str], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        answers = [prediction["answer"] for prediction in predictions]
+        if not answers:
+            return {}
+        return {"relevance": relevance(answers, targets), "distinct_2": distinct(answers)}
+
+    def example(self, read: Sequence[Turn], target: str, prediction: Mapping[str, Any]) -> Example:
         return Example(text=read[-1]["content"], gold=target, predicted=prediction["answer"])
 
     def baselines(
@@ -126,7 +131,7 @@ class Chat(Task):
         validation: "DataLoader[Any]",
         test: "DataLoader[Any] | None",
     ) -> list[Baseline]:
-        return [untouched_baseline(model, self, validation, test)]
+        return [written_baseline(model, self, validation, test)]
 
     def check(self, model: Any, data: "ChatData") -> None:
         """Compare the tokenizer with the model, and what shares a row with what does not.
@@ -152,24 +157,6 @@ class Chat(Task):
             "max_new_tokens": self.max_new_tokens,
             "samples": self.samples,
         }
-
-    def _answers(self, model: Any, batch: Mapping[str, Any]) -> list[str]:
-        from transformers import GenerationConfig
-
-        if self._format is None:
-            raise ConfigError("`equip(data, source)` must be called before a model can answer.")
-        prompts = batch["row_prompts"]
-        found = model.generate(
-            input_ids=prompts,
-            attention_mask=batch["row_prompt_mask"],
-            generation_config=GenerationConfig(
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                eos_token_id=self._format.stops,
-                pad_token_id=self._format.tokenizer.pad_token_id,
-            ),
-        )
-        return [self._format.text(row) for row in found[:, prompts.shape[1] :].tolist()]
 
 
 def _said(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,12 +94,17 @@ class CustomTask(Task):
         return source.load(self.auto_class, **self.config)
 
     def metrics(self) -> MetricCollection:
-        return MetricCollection(
-            {
-                name: instantiate_as(Metric, spec, f"task.metrics.{name}")  # type: ignore[type-abstract]
-                for name, spec in self.described.items()
-            }
-        )
+        found: dict[str, Metric | MetricCollection] = {
+            name: instantiate_as(Metric, spec, f"task.metrics.{name}")  # type: ignore[type-abstract]
+            for name, spec in self.described.items()
+        }
+        try:
+            return MetricCollection(found)
+        except KeyError as error:  # of `nn.ModuleDict`: a dot, or the name of one of its methods
+            raise ConfigError(
+                f"`task.metrics` must have names that torchmetrics takes, but has "
+                f"{', '.join(found)}: {error.args[0]}."
+            ) from error
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput:
         """Return what the function gives.
@@ -191,6 +196,9 @@ def _checked(returned: Any, name: str, compares: bool) -> StepOutput:
     Raises:
         ConfigError: It is something else, or lacks what the metrics compare.
     """
+    weight = None
+    if isinstance(returned, StepOutput):
+        returned, weight = returned[:3], returned.weight
     loss, *rest = returned if isinstance(returned, tuple) else (returned,)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point() or _odd(rest):
         raise ConfigError(
@@ -202,7 +210,8 @@ def _checked(returned: Any, name: str, compares: bool) -> StepOutput:
             f"`{name}` must return (loss, predictions, targets), which `task.metrics` compare, but "
             f"returned the loss alone."
         )
-    return StepOutput(loss, *cast(Any, rest or ((), None)))
+    predictions, targets = cast(Any, rest or ((), None))
+    return StepOutput(loss, predictions, targets, weight)
 
 
 def _odd(rest: list[Any]) -> bool:

@@ -1,7 +1,6 @@
 """What translation and summarisation share: learn to write texts, and write them."""
 
 import abc
-import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
-from lightning_peft.baseline import Baseline, untouched_baseline
+from lightning_peft.baseline import Baseline
 from lightning_peft.data.generation import GenerationData
 from lightning_peft.data.splits import sample
 from lightning_peft.data.text_pairs import IGNORED, TextPairs
@@ -20,6 +19,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.report import Example
 from lightning_peft.tasks.outputs import logits_of, require_labels
 from lightning_peft.tasks.task import StepOutput, Task, model_inputs
+from lightning_peft.tasks.writing import asking, written, written_baseline
 
 if TYPE_CHECKING:
     from lightning_peft.models import ModelSource
@@ -40,9 +40,10 @@ class TokenAccuracy(Metric):
         self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add tokens by number, both `(tokens,)`."""
-        self.right += (predictions == targets).sum()
-        self.tokens += targets.numel()
+        """Add tokens by number, both `(rows, tokens)`; targets of -100 do not count."""
+        counts = targets != IGNORED
+        self.right += (predictions == targets)[counts].sum()
+        self.tokens += counts.sum()
 
     def compute(self) -> Tensor:
         """Return the share, a scalar."""
@@ -98,40 +99,35 @@ class TextGeneration(Task):
         return MetricCollection({"accuracy": TokenAccuracy()})
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepOutput:
-        """Return the mean cross-entropy of the target tokens; the likeliest ones as predictions."""
-        require_labels(batch, "targets")
-        logits, targets = _target_logits(model, batch)
-        return StepOutput(cross_entropy(logits, targets), logits.argmax(-1), targets)
+        """Return the mean cross-entropy of the target tokens, and the likeliest ones.
 
-    @torch.no_grad()
+        Predictions and targets are `(rows, tokens)`, the latter with -100 where there is none.
+        """
+        require_labels(batch, "targets")
+        logits, labels = _target_logits(model, batch)
+        counts = labels != IGNORED
+        targets = labels[counts]
+        predictions = labels.masked_scatter(counts, logits.argmax(-1))
+        return StepOutput(cross_entropy(logits, targets), predictions, labels, len(targets))
+
     def predictions(self, model: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the generated text for each row of a batch to be answered."""
-        from transformers import GenerationConfig
-
-        pairs, given = self._reading(), model_inputs(batch)
-        settings: Any = model.config
-        found = model.generate(  # type: ignore[operator]
-            **given,
-            generation_config=GenerationConfig(
-                max_new_tokens=self.max_new_tokens,
-                num_beams=self.beams,
-                do_sample=False,
-                eos_token_id=pairs.end,
-                pad_token_id=pairs.padding,
-                decoder_start_token_id=getattr(settings, "decoder_start_token_id", None),
-            ),
+        pairs = self._reading()
+        found = written(
+            model,
+            model_inputs(batch),
+            max_new_tokens=self.max_new_tokens,
+            end=pairs.end,
+            padding=pairs.padding,
+            beams=self.beams,
         )
-        begin = 1 if pairs.encoder_decoder else given["input_ids"].shape[1]
-        return [{"text": pairs.text(row)} for row in found[:, begin:].tolist()]
+        return [{"text": pairs.text(row)} for row in found]
 
     def asked(self, loader: DataLoader[Any]) -> tuple[DataLoader[Any], Sequence[int]]:
         """Return batches to be answered of a sample of rows, drawn by a fixed seed."""
         rows: Any = loader.dataset
         numbers = sample(len(rows), self.samples, seed=0)
-        collate: Any = loader.collate_fn
-        asking = dataclasses.replace(collate, asks=True)
-        asked = DataLoader(rows.select(numbers), batch_size=loader.batch_size, collate_fn=asking)
-        return asked, numbers
+        return asking(loader, numbers), numbers
 
     @abc.abstractmethod
     def scores(
@@ -157,10 +153,7 @@ class TextGeneration(Task):
         test: "DataLoader[Any] | None",
     ) -> list[Baseline]:
         """Return what the base writes untouched."""
-        found = untouched_baseline(model, self, validation, test)
-        own = dict(found.validation) | self._generated(model, validation)
-        held_out = dict(found.test) | (self._generated(model, test) if test is not None else {})
-        return [dataclasses.replace(found, validation=own, test=held_out)]
+        return [written_baseline(model, self, validation, test)]
 
     def check(self, model: nn.Module, data: GenerationData) -> None:
         """Compare the model with the batches.
@@ -194,16 +187,6 @@ class TextGeneration(Task):
             "samples": self.samples,
         }
 
-    def _generated(self, model: nn.Module, loader: "DataLoader[Any]") -> dict[str, float]:
-        targets: list[Sequence[str]] = []
-        predictions: list[dict[str, Any]] = []
-        device = next(model.parameters()).device
-        for batch in self.asked(loader)[0]:
-            targets += batch["row_references"]
-            tensors = {name: value.to(device) for name, value in model_inputs(batch).items()}
-            predictions += self.predictions(model, tensors)
-        return self.scores(targets, predictions)
-
     def _reading(self) -> TextPairs:
         if self._pairs is None:
             raise ConfigError(
@@ -230,7 +213,10 @@ def _forget_decoding(model: Any) -> None:
 
 
 def _target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the logits `(targets, vocabulary)` of all target tokens, and these `(targets,)`."""
+    """Return the logits `(targets, vocabulary)` of all target tokens.
+
+    With them come the labels `(rows, tokens)`, -100 where there is no target.
+    """
     labels = batch["labels"]  # (rows, tokens)
     given = dict(batch)
     config: Any = model.config
@@ -243,8 +229,7 @@ def _target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
             given["logits_to_keep"] = counted  # those of the prompt would take time and memory
             labels = labels[:, counted]
     logits = logits_of(model, given, "(rows, tokens, vocabulary)", "text generation")
-    counts = labels != IGNORED
-    return logits[:, : labels.shape[1]][counts], labels[counts]
+    return logits[:, : labels.shape[1]][labels != IGNORED], labels
 
 
 def _shifted(labels: Tensor, config: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """Scores of a chat: how likely the given replies are, and how relevant and diverse one's own."""
 
-import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -8,7 +7,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_peft.tasks.squad_scores import f1, normalised_answer
 
@@ -22,8 +20,6 @@ class Reply(NamedTuple):
     """How many they are."""
     right: int
     """How many of them the model thinks the likeliest."""
-    text: str | None
-    """What the model says itself at the end, where it was asked."""
 
 
 class TokenScore(Metric):
@@ -45,7 +41,7 @@ class TokenScore(Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, predictions: Sequence[Reply], targets: Sequence[str | None]) -> None:
+    def update(self, predictions: Sequence[Reply], targets: Tensor) -> None:
         """Add conversations."""
         counted = [one.nll if self.score == "perplexity" else one.right for one in predictions]
         self.total += sum(counted)
@@ -57,58 +53,22 @@ class TokenScore(Metric):
         return mean.exp() if self.score == "perplexity" else mean
 
 
-class Relevance(Metric):
-    """Mean F1 of the words that a reply shares with the given one (Dinan et al. 2019, ConvAI2)."""
+def relevance(replies: Sequence[str], given: Sequence[str]) -> float:
+    """Return the mean F1 of the words that a reply shares with the given one, between 0 and 1.
 
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    replies: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("replies", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, predictions: Sequence[Reply], targets: Sequence[str | None]) -> None:
-        """Add conversations; those count that the model was asked to reply to."""
-        for reply, target in zip(predictions, targets, strict=True):
-            if reply.text is not None and target is not None:
-                self.total += f1(reply.text, [target])
-                self.replies += 1
-
-    def compute(self) -> Tensor:
-        """Return the mean, between 0 and 1, a scalar."""
-        return self.total / self.replies.clamp_min(1)
+    So it is measured in ConvAI2 (Dinan et al. 2019).
+    """
+    shared = [f1(reply, [right]) for reply, right in zip(replies, given, strict=True)]
+    return sum(shared) / len(shared)
 
 
-class Distinct(Metric):
-    """The share of different pairs of words in all replies (distinct-2, Li et al. 2016).
+def distinct(replies: Sequence[str]) -> float:
+    """Return the share of different pairs of words in all replies (distinct-2, Li et al. 2016).
 
     It is near 0 for a model that says the same whatever it is asked.
     """
-
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    pairs: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("pairs", default=[], dist_reduce_fx="cat")
-
-    def update(self, predictions: Sequence[Reply], targets: Sequence[str | None]) -> None:
-        """Add conversations; those count that the model was asked to reply to."""
-        found = [pair for one in predictions for pair in word_pairs(one.text or "")]
-        # Numbers can be gathered from other processes; two pairs share one once in 4 billion.
-        numbers = [zlib.crc32(" ".join(pair).encode()) for pair in found]
-        self.pairs.append(torch.tensor(numbers, dtype=torch.long, device=self.device))
-
-    def compute(self) -> Tensor:
-        """Return the share, a scalar."""
-        pairs = dim_zero_cat(self.pairs)
-        return pairs.new_tensor(len(pairs.unique()) / max(len(pairs), 1), dtype=torch.float)
+    pairs = [pair for reply in replies for pair in word_pairs(reply)]
+    return len(set(pairs)) / max(len(pairs), 1)
 
 
 def word_pairs(text: str) -> list[tuple[str, str]]:

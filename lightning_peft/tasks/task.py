@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from lightning_peft.models import ModelSource
 
 
+NUMBERS = "row_numbers"
+"""Name in a batch of the row of the batch that each row of the model is of, `(rows of the model,)`.
+
+It stands where a row of the batch is several of the model, windows of a long text for example.
+"""
+
+
 class StepOutput(NamedTuple):
     """What a task makes of one batch."""
 
@@ -27,6 +34,8 @@ class StepOutput(NamedTuple):
     """What the metrics compare, the batch first: a tensor, or for example texts or boxes."""
     targets: Tensor | Sequence[Any] | None
     """What is right, in the same form."""
+    weight: int | None = None
+    """What the loss is the mean of, tokens for example; None takes the number of targets."""
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,6 +45,11 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in batch.items()
         if name != "labels" and not name.startswith("row_")
     }
+
+
+def metric_name(name: str) -> str:
+    """Return what stands in a metric's name for a class or a market: torchmetrics takes no dots."""
+    return name.replace(".", "-")
 
 
 class Task(abc.ABC):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -62,9 +63,9 @@ def test_texts_can_be_answered(tmp_path):
     (tmp_path / "new.txt").write_text("hello\nhow are you\n")
     data = loaded(str(tmp_path / "new.txt"))
     batch = next(iter(data.predict_dataloader()))
-    texts = data.format.tokenizer.batch_decode(batch["row_prompts"])
+    texts = data.format.tokenizer.batch_decode(batch["input_ids"])
     assert texts[1] == "<|im_start|>user\nhow are you<|im_end|>\n<|im_start|>assistant\n"
-    assert set(batch) == {"row_asked", "row_prompts", "row_prompt_mask", "row_references"}
+    assert set(batch) == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize(
@@ -82,22 +83,24 @@ def test_what_is_predicted_needs_no_answer(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     data = loaded({"predict": str(tmp_path / name)})
     assert data.inputs("predict") == [chat("hello"), chat("how are you")]
-    assert len(next(iter(data.predict_dataloader()))["row_prompts"]) == 2
+    assert len(next(iter(data.predict_dataloader()))["input_ids"]) == 2
     with pytest.raises(DataError, match=r"row 1 of .* cannot be used"):
         loaded({"test": str(tmp_path / name)}).inputs("test")
 
 
-def test_a_batch_asks_the_first_rows(files):
+def test_a_batch_is_learned_from_or_asks(files):
     data = loaded(files, batch_size=2)
     data.samples = 1
     first, second = data.test_dataloader()
-    assert first["row_asked"].tolist() == [0]
-    assert first["row_references"] == ["fine thanks"]
-    assert first["row_prompt_mask"].all()
-    assert "row_asked" not in second
+    assert set(first) == set(second) == {"input_ids", "labels", "attention_mask"}
     assert first["input_ids"].shape == first["labels"].shape == first["attention_mask"].shape
     said = first["labels"][first["labels"] != IGNORED]
     assert (said == data.format.tokenizer.eos_token_id).sum() == 3
+    collate = dataclasses.replace(data.collator(), asks=True)
+    batch = collate([data.test_dataloader().dataset[0]])
+    assert batch["row_references"] == ["fine thanks"]
+    assert batch["input_ids"].tolist() == [data.format.prompt(LONG[:3], 512)]
+    assert batch["attention_mask"].all()
 
 
 def test_the_last_question_without_an_answer_is_left_out(files):
@@ -113,8 +116,8 @@ def test_the_last_question_of_a_new_conversation_is_answered(tmp_path):
     data = loaded(write_rows(tmp_path / "new.jsonl", rows))
     assert data.inputs("predict") == [LONG[:3], LONG[:3], LONG[:1]]
     batch = next(iter(data.predict_dataloader()))
-    assert batch["row_asked"].tolist() == [0, 1, 2]
-    text = data.format.tokenizer.decode(batch["row_prompts"][0])
+    assert len(batch["input_ids"]) == 3
+    text = data.format.tokenizer.decode(batch["input_ids"][0])
     assert text.endswith("how are you<|im_end|>\n<|im_start|>assistant\n")
 
 

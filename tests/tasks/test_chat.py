@@ -12,7 +12,7 @@ from lightning_peft.methods import LoReFT, PrefixTuning
 from lightning_peft.models import ModelSource
 from lightning_peft.tasks.chat import Chat
 from lightning_peft.tasks.packing import check_packing
-from lightning_peft.tasks.replies import Distinct, Relevance, Reply, TokenScore
+from lightning_peft.tasks.replies import Reply, TokenScore, distinct, relevance
 from tests.tiny_chat import chat, save_tiny, tiny_llama, write_rows
 
 
@@ -51,8 +51,7 @@ def test_the_loss_is_that_of_the_assistants_tokens_alone(source, tmp_path):
     assert [reply.tokens for reply in out.predictions] == counts.sum(1).tolist()
     for reply, loss, count in zip(out.predictions, losses, counts, strict=True):
         assert reply.nll == pytest.approx(loss[count].sum().item(), rel=1e-5)
-    assert out.targets == ["and you", "is nice", None]
-    assert [reply.text is None for reply in out.predictions] == [False, False, True]
+    assert out.weight == counts.sum()
 
 
 def test_perplexity_weighs_tokens_and_not_batches(source, tmp_path):
@@ -69,16 +68,16 @@ def test_perplexity_weighs_tokens_and_not_batches(source, tmp_path):
     assert found["perplexity"].item() != pytest.approx(
         math.exp(sum(out.loss.item() for out in outs) / len(outs)), rel=1e-4
     )
-    assert set(found) == {"perplexity", "accuracy", "relevance", "distinct_2"}
-    assert set(Chat(samples=0).metrics()) == {"perplexity", "accuracy"}
 
 
 def test_answers_are_those_of_each_row_alone(source, tmp_path):
     task, data = equipped(source, tmp_path, ROWS)
     model = task.load_model(source)
-    batch = next(iter(data.test_dataloader()))
+    asked, numbers = task.asked(data.test_dataloader())
+    assert list(numbers) == [0, 1]
+    (batch,) = asked
+    assert batch["row_references"] == ["and you", "is nice"]
     found = task.predictions(model, batch)
-    assert found[2] == {}
     for row in (0, 1):
         ids = torch.tensor([data.format.prompt(data.inputs("test")[row], 512)])
         alone = model.generate(
@@ -90,7 +89,6 @@ def test_answers_are_those_of_each_row_alone(source, tmp_path):
             pad_token_id=0,
         )
         assert found[row] == {"answer": data.format.text(alone[0, ids.shape[1] :].tolist())}
-    assert task.example(data.inputs("test")[2], "x", found[2]) is None
     assert task.example(data.inputs("test")[0], "x", found[0]).text == "how are you"
 
 
@@ -103,12 +101,15 @@ def test_the_model_learns_to_answer(source, tmp_path):
         optimizer.zero_grad()
         task.step(model, batch).loss.backward()
         optimizer.step()
-    assert [row["answer"] for row in task.predictions(model, batch)] == ["and you", "is nice"]
+    (asked,) = task.asked(data.test_dataloader())[0]
+    answers = task.predictions(model, asked)
+    assert answers == [{"answer": "and you"}, {"answer": "is nice"}]
+    assert task.scores(data.targets("test"), answers)["relevance"] == 1
     out = task.evaluate(model, batch)
     metrics = task.metrics()
     metrics.update(out.predictions, out.targets)
     found = metrics.compute()
-    assert found["relevance"] == found["accuracy"] == 1
+    assert found["accuracy"] == 1
     assert found["perplexity"] < 1.2
 
 
@@ -194,19 +195,15 @@ def test_settings_are_checked_and_stored(source, tmp_path):
         Chat().step(tiny_llama(), {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
 
 
-def test_relevance_and_diversity_count_what_was_asked():
-    replies = [
-        Reply(1, 1, 1, "The tea, is hot"),
-        Reply(1, 1, 0, None),
-        Reply(1, 2, 0, "tea is hot"),
-    ]
-    given = ["tea is cold", None, "no"]
-    metric = Relevance()
-    metric.update(replies, given)
-    assert metric.compute() == pytest.approx((2 / 3 + 0) / 2)
-    distinct = Distinct()
-    distinct.update(replies, given)
-    assert distinct.compute() == pytest.approx(2 / 4)
+def test_relevance_and_diversity_of_answers():
+    answers = ["The tea, is hot", "tea is hot"]
+    assert relevance(answers, ["tea is cold", "no"]) == pytest.approx(2 / 3 / 2)
+    assert distinct(answers) == pytest.approx(2 / 4)
+    assert distinct([""]) == 0
+    assert Chat(samples=0).scores([], []) == {}
+
+
+def test_tokens_count_the_same_in_long_and_short_rows():
     accuracy = TokenScore("accuracy")
-    accuracy.update(replies, given)
+    accuracy.update([Reply(1, 1, 1), Reply(1, 3, 0)], torch.zeros(2, 3))
     assert accuracy.compute() == pytest.approx(1 / 4)

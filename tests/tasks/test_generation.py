@@ -123,10 +123,13 @@ def test_the_loss_is_the_models_own(task, model):
     batch = collator(model)(rows())
     out = task.step(model, batch)
     torch.testing.assert_close(out.loss, model(**batch).loss)
-    assert out.targets.tolist() == [token for row in rows() for token in row["target"]]
+    counts = out.targets != -100
+    assert len(out.targets) == len(out.predictions) == len(rows())
+    assert out.targets[counts].tolist() == [token for row in rows() for token in row["target"]]
+    assert out.weight == counts.sum()
     accuracy = task.metrics()
     accuracy.update(out.predictions, out.targets)
-    share = (out.predictions == out.targets).float().mean()
+    share = (out.predictions == out.targets)[counts].float().mean()
     assert accuracy.compute()["accuracy"] == pytest.approx(share.item())
 
 
