@@ -301,6 +301,7 @@ class WordCollator:
         batch = {
             "input_ids": self._pad(ids, self.padding),
             "attention_mask": self._pad([torch.ones_like(piece) for piece in ids], 0),
+            "row_numbers": torch.tensor([i for i, row in enumerate(rows) for _ in row["words"]]),
             "row_words": self._pad(words, -1),
             "row_lengths": torch.tensor([row["length"] for row in rows]),
         }

@@ -67,6 +67,10 @@ class MarketData(pl.LightningDataModule):
         place = {"path": path, "source": source}
         given = {name: value for name, value in place.items() if value is not None}
         self.rows: RowData = instantiate_as(RowData, {**rows, **given}, "data.rows")  # type: ignore[type-abstract]
+        if self.rows.loading.streaming:
+            raise ConfigError(
+                "`data.rows.streaming` must be false for several markets, whose rows are counted."
+            )
         self.rows.also = self
         self.market, self.temperature, self.in_turn = market, temperature, in_turn
         self._markets = tuple(markets) if markets is not None else None
@@ -158,9 +162,14 @@ class MarketData(pl.LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, split: str, order: "ByMarket | None" = None) -> DataLoader[Any]:
-        items = self.rows.items(split, self.rows.chosen(split))
+        items, markets = self.rows.items(split, self.rows.chosen(split)), self.numbers(split)
+        if len(items) != len(markets):
+            raise ConfigError(
+                f"`data.rows` must keep rows of several markets apart, but makes {len(items):,} of "
+                f"{len(markets):,}: set `data.rows.pack=false`."
+            )
         return DataLoader(
-            _Paired(items, self.numbers(split)),
+            _Paired(items, markets),
             batch_size=self.rows.batch_size,
             sampler=order,
             collate_fn=_Collator(self.rows.collator()),
@@ -245,6 +254,25 @@ def apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return the rows of a loader of several markets as their task alone knows them, in order."""
     pairs, collator = cast(_Paired, loader.dataset), cast(_Collator, loader.collate_fn)
     return DataLoader(pairs.items, batch_size=loader.batch_size, collate_fn=collator.collate)
+
+
+def asked_with_markets(
+    loader: DataLoader[Any],
+    ask: Callable[[DataLoader[Any]], tuple[DataLoader[Any], Sequence[int] | None]],
+) -> tuple[DataLoader[Any], Sequence[int] | None]:
+    """Return what a task asks of a loader's rows, each beside its market, and their numbers.
+
+    Args:
+        loader: Of several markets.
+        ask: The task's own, see `Task.asked`.
+    """
+    asked, numbers = ask(apart(loader))
+    if numbers is None:
+        return loader, None
+    markets = cast(_Paired, loader.dataset).markets
+    paired = _Paired(asked.dataset, [markets[i] for i in numbers])
+    collate = _Collator(cast(Any, asked.collate_fn))
+    return DataLoader(paired, batch_size=asked.batch_size, collate_fn=collate), numbers
 
 
 def _shares(sizes: Mapping[int, int], temperature: float) -> dict[int, int]:

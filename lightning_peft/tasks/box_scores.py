@@ -16,7 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_peft.errors import require
+from lightning_peft.errors import DataError, require
+from lightning_peft.tasks.task import metric_name
 
 SCORES = ("map", "map_50", "mar")
 _IOU_50 = 0  # place of the threshold 0.5 among 0.5, 0.55, ... 0.95
@@ -69,8 +70,18 @@ class BoxScore(Metric):
 
 
 def score_names(classes: Sequence[str]) -> list[str]:
-    """Return the names of all scores."""
-    return [*SCORES, *(f"ap_50_{name}" for name in classes)]
+    """Return the names of all scores.
+
+    Raises:
+        DataError: Two classes would share one.
+    """
+    names = [*SCORES, *map(_class_score, classes)]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"`data.classes` must differ in more than dots and dashes, which are the same in the "
+            f"names of metrics, but are {', '.join(classes)}."
+        )
+    return names
 
 
 def box_scores(
@@ -88,9 +99,13 @@ def box_scores(
     precision = torch.from_numpy(evaluated["precision"])[:, :, :, _ANY_SIZE, _ALL]
     recall = torch.from_numpy(evaluated["recall"])[:, :, _ANY_SIZE, _ALL]
     by_class = [_mean(precision[_IOU_50, :, i]) for i in range(len(classes))]
-    named = {f"ap_50_{name}": score for name, score in zip(classes, by_class, strict=True)}
+    named = dict(zip(map(_class_score, classes), by_class, strict=True))
     total = {"map": _mean(precision), "map_50": _mean(precision[_IOU_50]), "mar": _mean(recall)}
     return total | named
+
+
+def _class_score(name: str) -> str:
+    return f"ap_50_{metric_name(name)}"
 
 
 @functools.lru_cache(maxsize=2)  # the scores of one evaluation are asked for one after another

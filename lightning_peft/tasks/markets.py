@@ -13,12 +13,14 @@ from torchmetrics import Metric, MetricCollection
 from lightning_peft.baseline import Baseline
 from lightning_peft.carrying.switching import mixed
 from lightning_peft.config import TARGET, Unbuilt, instantiate_as, target_of, to_spec
-from lightning_peft.data.markets import MARKET, MarketData, apart
+from lightning_peft.data.markets import MARKET, MarketData, apart, asked_with_markets
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.report import Example
-from lightning_peft.tasks.task import StepOutput, Task
+from lightning_peft.tasks.task import NUMBERS, StepOutput, Task, metric_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.utils.data import DataLoader
 
     from lightning_peft.models import ModelSource
@@ -50,7 +52,7 @@ class Markets(Task):
         self.markets: tuple[str, ...] | None = None
         self.shared = shared
         self.monitor, self.mode, self.suffix = self.task.monitor, self.task.mode, self.task.suffix
-        self.predicts = self.task.predicts
+        self.headline, self.predicts = self.task.headline, self.task.predicts
         if markets is not None:
             self._know(markets)
 
@@ -86,7 +88,7 @@ class Markets(Task):
         found: dict[str, Metric | MetricCollection] = {
             str(name): OfMarket(metric, None) for name, metric in whole.items()
         }
-        for number, market in enumerate(markets):
+        for number, market in enumerate(map(metric_name, markets)):
             found |= {
                 f"{name}_{market}": OfMarket(metric, number)
                 for name, metric in self.task.metrics().items()
@@ -112,6 +114,17 @@ class Markets(Task):
     def readable(self, read: Any, prediction: dict[str, Any]) -> dict[str, Any]:
         return self.task.readable(read, prediction)
 
+    def asked(self, loader: "DataLoader[Any]") -> "tuple[DataLoader[Any], Sequence[int] | None]":
+        return asked_with_markets(loader, self.task.asked)
+
+    def scores(
+        self, targets: Sequence[Any], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        return self.task.scores(targets, predictions)
+
+    def draw(self, read: Any, prediction: Mapping[str, Any], folder: "Path", number: int) -> None:
+        self.task.draw(read, prediction, folder, number)
+
     def example(self, read: Any, target: Any, prediction: Mapping[str, Any]) -> Example | None:
         return self.task.example(read, target, prediction)
 
@@ -122,7 +135,7 @@ class Markets(Task):
 
     def by_group(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
         names = list(map(str, self.task.metrics()))
-        rows = {market: {n: f"{n}_{market}" for n in names} for market in self._named()}
+        rows = {m: {n: f"{n}_{metric_name(m)}" for n in names} for m in self._named()}
         return {
             market: {name: metrics[key] for name, key in keys.items()}
             for market, keys in rows.items()
@@ -165,8 +178,8 @@ class Markets(Task):
             yield
             return
         names = self._adapters_of(batch)
-        # Rows of one market may be more than one row of the model each (pieces of long texts).
-        with mixed(model, names if len(set(names)) > 1 else names[:1]):
+        numbers = batch[NUMBERS].tolist() if NUMBERS in batch else range(len(names))
+        with mixed(model, [names[number] for number in numbers]):
             yield
 
     def _adapters_of(self, batch: Mapping[str, Tensor]) -> list[str]:

@@ -1,5 +1,6 @@
 """Several tasks on one base: an adapter and a head of its own for each, in one run."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,7 +30,7 @@ class SeveralTasks(Task):
         tasks: the tasks, or their descriptions, by the names of their adapters.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or a name is none for a folder and a module.
     """
 
     predicts = False
@@ -37,6 +38,8 @@ class SeveralTasks(Task):
     def __init__(self, tasks: Unbuilt | Mapping[str, Task]) -> None:
         if not tasks:
             raise ConfigError("`task.tasks` must hold tasks by name, but is empty.")
+        for name in tasks:
+            _check_name(str(name))
         self.tasks = {
             name: task if isinstance(task, Task) else _built(task, name)
             for name, task in tasks.items()
@@ -156,6 +159,14 @@ def _parts(
 def _together(found: Mapping[str, StepOutput]) -> StepOutput:
     loss = torch.stack([out.loss for out in found.values()]).mean()
     return StepOutput(loss, list(found.items()), None)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w-]+", name) or name in dir(nn.ModuleDict):
+        raise ConfigError(
+            f"`task.tasks` must have names of letters, digits, - and _, which folders and modules "
+            f"are called by, but has {name!r}: choose another."
+        )
 
 
 def _built(spec: Mapping[str, Any], name: str) -> Task:
