@@ -1,6 +1,5 @@
 """What the runs of a comparison are made with: the same for all, but for the method."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import saved
 from lightning_peft.jobs.conf import key_of
+from lightning_peft.jobs.overrides import overrides
 from lightning_peft.jobs.run_folder import resolved
 from lightning_peft.redact import redact
 
@@ -90,8 +90,8 @@ def plan(
     try:
         plain = compose("train", arguments)
         if names and names != [HydraConfig.get().runtime.choices.get("method")]:
-            arguments += _spelled({"optimizer": OmegaConf.to_container(plain.optimizer)})
-        arguments += [*_for_all(list(plain.method)), *_spelled(more), f"seed={seed}"]
+            arguments += overrides({"optimizer": OmegaConf.to_container(plain.optimizer)})
+        arguments += [*_for_all(list(plain.method)), *overrides(more), f"seed={seed}"]
         if "seed" in config.data and "data.seed" not in map(key_of, arguments):
             arguments.append(f"data.seed={config.data.seed}")
         arguments += _deletions(compose("train", arguments), plain)
@@ -117,11 +117,6 @@ def _deletions(found: DictConfig, plain: DictConfig) -> list[str]:
     """Return overrides that take out what a recipe says of another job or method."""
     groups = ("job", "method")
     return [f"~{g}.{name}" for g in groups for name in found[g] if name not in plain[g]]
-
-
-def _spelled(settings: Any) -> list[str]:
-    """Return overrides for nested settings."""
-    return [f"{name}={json.dumps(value)}" for name, value in _leaves(settings).items()]
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
