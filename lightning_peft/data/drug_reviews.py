@@ -6,6 +6,7 @@ cross-data learning (Digital Health 2018); 600 reviews to train on and 379 held 
 """
 
 import csv
+import functools
 import html
 import io
 import zipfile
@@ -23,6 +24,7 @@ _SHA256 = "3f08a1630a0c69a5271a82b7408c7b2bdbed0a187e6a249444b16d548e6fade0"
 _SPLITS = {"train": "drugsComTrain.tsv", "test": "drugsComTest.tsv"}
 
 
+@functools.cache
 def read_drug_reviews() -> dict[str, "Dataset"]:
     """Return the splits train (600 rows) and test (379): columns text, label, drug and condition.
 

