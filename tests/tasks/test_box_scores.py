@@ -2,7 +2,9 @@ import copy
 
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
+from lightning_peft.errors import DataError
 from lightning_peft.tasks.box_matches import agreement, overlap
 from lightning_peft.tasks.box_scores import BoxScore, box_scores, score_names
 
@@ -36,6 +38,15 @@ def test_boxes_that_are_right_score_one():
     target = [right([0, 0, 10, 10, 0, 0], [20, 20, 60, 50, 1, 0]), right()]
     scores = scored([found([0, 0, 10, 10, 0, 0.9], [20, 20, 60, 50, 1, 0.4]), found()], target)
     assert scores == dict.fromkeys(score_names(CLASSES), 1.0)
+
+
+def test_names_of_classes_may_have_dots():
+    classes = ["bus.v2", "car"]
+    collection = MetricCollection({name: BoxScore(classes, name) for name in score_names(classes)})
+    collection.update([found([0, 0, 9, 9, 0, 0.9])], [right([0, 0, 9, 9, 0, 0])])
+    assert collection.compute()["ap_50_bus-v2"] == 1
+    with pytest.raises(DataError, match=r"`data\.classes` must differ in more than dots"):
+        score_names(["bus.v2", "bus-v2"])
 
 
 def test_average_precision_is_that_of_the_definition():

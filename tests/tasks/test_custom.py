@@ -113,6 +113,8 @@ def test_a_checkpoint_names_the_function_and_nothing_else(
         ({"loss": "tests.nowhere.loss"}, "does not exist"),
         ({"loss": lambda model, batch: None}, "must be a function at the top of a module"),
         ({"monitor": "val/r3", "metrics": R2}, "must be one of val/loss, val/r2.*Did you mean"),
+        ({"metrics": {"a.b": R2["r2"]}}, "`task.metrics` must have names that torchmetrics takes"),
+        ({"metrics": {"keys": R2["r2"]}}, "`task.metrics` must have names that torchmetrics takes"),
         ({"metrics": {"x": {"_target_": "torch.optim.SGD"}}}, "`task.metrics.x` must be a Metric"),
         ({"metrics": {"x": {"_target_": "os.system"}}}, "`task.metrics.x._target_` must be"),
     ],
