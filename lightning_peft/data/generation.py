@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.data.origin import Origin
 from lightning_peft.data.rows import Choice, Loading, RowData
-from lightning_peft.data.sources import FORMATS, bad_texts
+from lightning_peft.data.sources import FORMATS, bad_texts, require_columns
 from lightning_peft.data.text_pairs import EncodePairs, PairCollator, TextPairs
 from lightning_peft.data.texts import text_keys, tokenised
 from lightning_peft.errors import ConfigError, near_misses
@@ -32,8 +32,9 @@ class GenerationData(RowData):
     Args:
         path: One file, for `predict` the one to judge and else the one to train on; or files by
             split: train, validation, test, predict. CSV, TSV, JSON lines or Parquet; or instead of
-            a file `{source: <file>, target: <file>}` with parallel lines, also `.gz`. A plain file
-            alone (`new.txt`, `new.en`) has texts, a line each.
+            a file `{source: <file>, target: <file>}` with parallel lines, also `.gz`, or several as
+            `{source: part*.en, target: part*.de}`. A plain file alone (`new.txt`, `new.en`) has
+            texts, a line each.
         hub: Name of a data set on the hub.
         hub_config: Its configuration, where it has several.
         format: Format of the files (csv, tsv, jsonl, parquet); None takes it from each name.
@@ -136,23 +137,21 @@ class GenerationData(RowData):
         return self._pairs
 
     def columns(self, split: str, rows: "Dataset") -> dict[str, str | None]:
-        wanted: dict[str, str | None] = {"source": _top(self.source, rows)}
-        if split == "predict":
-            return wanted
-        if self._has_references(rows):
-            return wanted | {f"references[{i}]": name for i, name in enumerate(self.references)}
-        return wanted | {"target": _top(self.target, rows)}
+        wanted = {"source": self.source, **self._named_targets(split, rows)}
+        return {setting: _top(name, rows) for setting, name in wanted.items()}
 
     def problems(self, split: str, rows: "Dataset", number: Callable[[int], int]) -> dict[int, str]:
         rows, origin = self.formed(split, rows), self.origin.name(split)
+        wanted = {"source": self.source, **self._named_targets(split, rows)}
+        require_columns(rows, origin, **wanted)
         found: dict[int, str] = {}
         for column in (self.source, *self._targets(split, rows)):
             found = bad_texts(rows, origin, column, number) | found
         return dict(sorted(found.items()))
 
     def formed(self, split: str, rows: "Dataset") -> "Dataset":
-        nested = any(_top(name, rows) != name for name in (self.source, self.target))
-        return rows.flatten() if nested else rows
+        names = (self.source, self.target, *self.references)
+        return rows.flatten() if any(_top(name, rows) != name for name in names) else rows
 
     def keys(self, rows: "Dataset") -> list[Hashable]:
         return text_keys(rows, [self.source])
@@ -184,13 +183,16 @@ class GenerationData(RowData):
         columns = [rows[name] for name in self._targets(split, rows)]
         return [list(texts) for texts in zip(*columns, strict=True)]
 
-    def _has_references(self, rows: "Dataset") -> bool:
-        return self.target not in rows.column_names and bool(self.references)
+    def _named_targets(self, split: str, rows: "Dataset") -> dict[str, str]:
+        """Return the columns of right answers by the setting that names each."""
+        if split == "predict":
+            return {}
+        if self.references and _top(self.target, rows) not in rows.column_names:
+            return {f"references[{i}]": name for i, name in enumerate(self.references)}
+        return {"target": self.target}
 
     def _targets(self, split: str, rows: "Dataset") -> tuple[str, ...]:
-        if split == "predict":
-            return ()
-        return self.references if self._has_references(rows) else (self.target,)
+        return tuple(self._named_targets(split, rows).values())
 
 
 def _top(name: str, rows: "Dataset") -> str:

@@ -142,6 +142,26 @@ def test_parts_of_a_column_as_data_sets_of_the_hub_have_them(tmp_path):
     assert data.targets("test") == [["A"], ["B"], ["C"]]
 
 
+@pytest.mark.parametrize("row", [{"en": "a", "de": "b"}, "text"])
+def test_parts_of_a_column_that_are_not_there_are_told(tmp_path, tokenizer, row):
+    path = tmp_path / "t.jsonl"
+    path.write_text((json.dumps({"translation": row}) + "\n") * 3)
+    data = GenerationData(path=str(path), source="translation.en", target="translation.fr")
+    with pytest.raises(DataError, match=r"must be a column of .*, but is 'translation\.(fr|en)'"):
+        data.connect(tokenizer).setup("fit")
+
+
+def test_parallel_files_in_parts(tmp_path, tokenizer):
+    for part in "12":
+        lines(tmp_path, en=f"a {part}\n", de=f"x {part}\n")
+        for side in ("en", "de"):
+            (tmp_path / f"new.{side}").rename(tmp_path / f"p{part}.{side}")
+    sides = {"source": str(tmp_path / "p*.en"), "target": str(tmp_path / "p*.de")}
+    data = GenerationData(path={"test": sides}).connect(tokenizer)
+    assert data.inputs("test") == ["a 1", "a 2"]
+    assert data.targets("test") == [["x 1"], ["x 2"]]
+
+
 def test_several_references_stand_where_there_is_no_target(tmp_path, tokenizer):
     one, three = tmp_path / "one.jsonl", tmp_path / "three.jsonl"
     one.write_text('{"source": "a", "target": "x"}\n' * 3, encoding="utf-8")

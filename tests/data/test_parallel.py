@@ -45,6 +45,36 @@ def test_a_line_that_is_not_utf8_spoils_its_row_alone(tmp_path):
     assert len(bad.reasons) == 1
 
 
+def test_several_files_belong_together_by_name(tmp_path):
+    for part in ("2", "10"):
+        write(tmp_path / f"p{part}.en", f"{part} a\n{part} b\n")
+        write(tmp_path / f"q-{part}.de", f"{part} A\n{part} B\n")
+    files = {"en": str(tmp_path / "p*.en"), "de": str(tmp_path / "q-*.de")}
+    found = read_parallel(files, BadRows())
+    assert found["en"] == ["10 a", "10 b", "2 a", "2 b"]
+    assert found["de"] == ["10 A", "10 B", "2 A", "2 B"]
+    write(tmp_path / "q-10.de", b"\xff\n10 B\n")
+    write(tmp_path / "q-2.de", b"2 A\n\xff\n")
+    with pytest.raises(DataError, match=r"q-10\.de` must be UTF-8, but is not in line 1"):
+        read_parallel(files, BadRows())
+    bad = BadRows(skip=True)
+    assert read_parallel(files, bad)["de"] == ["10 B", "2 A"]
+    assert [bad.number(i) for i in range(2)] == [2, 3]
+
+
+def test_several_files_without_a_counterpart_are_refused(tmp_path):
+    for name in ("p1.en", "p2.en", "p1.de", "p3.de"):
+        write(tmp_path / name, "x\n")
+    files = {"en": str(tmp_path / "p*.en"), "de": str(tmp_path / "p*.de")}
+    with pytest.raises(DataError, match=r"p\*\.en` is p1\.en, p2\.en and .*p\*\.de` is p1\.de, p3\.de"):
+        read_parallel(files, BadRows())
+    (tmp_path / "p3.de").rename(tmp_path / "p2.de")
+    assert len(read_parallel(files, BadRows())) == 2
+    assert len(read_parallel({"en": str(tmp_path / "*1.en"), "de": str(tmp_path / "p1.de")}, BadRows())) == 1
+    with pytest.raises(DataError, match="must match at least one file"):
+        read_parallel({"en": str(tmp_path / "r*.en")}, BadRows())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
