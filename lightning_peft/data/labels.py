@@ -1,5 +1,6 @@
 """From a column of labels to class numbers."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from lightning_peft.errors import DataError, near_misses
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_WHOLE = re.compile(r"-?\d{1,18}")
 _MANY = 20  # distinct labels from which on a column of nearly unique values looks like a wrong one
 
 
@@ -35,8 +37,9 @@ def infer_labels(rows: "Dataset", column: str, origin: str) -> tuple[str, ...]:
             f"`{column}` must hold classes, but {origin} has {len(names):,} different values in "
             f"{len(rows):,} rows: check that `label` names the right column."
         )
-    whole = all(name.lstrip("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=int) if whole else sorted(names))
+    by_name = sorted(names)  # so that the order of 1 and 01 is always the same
+    whole = all(map(_WHOLE.fullmatch, names))
+    return tuple(sorted(by_name, key=int) if whole else by_name)
 
 
 def encode(rows: "Dataset", column: str, labels: Sequence[str], origin: str) -> list[int]:

@@ -64,11 +64,11 @@ def read_voc(place: Path, split: str, bad: BadRows) -> list[dict[str, Any]] | No
 def _names(root: Path, place: Path, split: str) -> list[str] | None:
     """Return the names of a split's images; a data set without lists has one split."""
     if place.is_file():
-        return _listed(place)
+        return _listed(place, root)
     lists = [root / LISTS / f"{name}.txt" for name in _LISTS[split]]
     for file in lists:
         if file.is_file():
-            return _listed(file)
+            return _listed(file, root)
     if split == "predict":
         return [path.stem for path in _files(_images(root), SUFFIXES)]
     if has_lists(root):
@@ -76,13 +76,18 @@ def _names(root: Path, place: Path, split: str) -> list[str] | None:
     return [path.stem for path in _files(_annotations(root), (".xml",))]
 
 
-def _listed(file: Path) -> list[str]:
-    """Return the names in a list, of which VOC's lists by class add 1 or -1."""
+def _listed(file: Path, root: Path) -> list[str]:
+    """Return the names in a list, of which VOC's lists by class add 1 or -1.
+
+    What ends so, but is the name of an image, is a name with a space in it.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`{file}` must be a list of names, but cannot be read: {error}.") from None
-    names = [_BY_CLASS.sub("", line.strip()) for line in lines if line.strip()]
+    known = {path.stem for path in _files(_images(root), SUFFIXES)}
+    whole = [line.strip() for line in lines if line.strip()]
+    names = [line if line in known else _BY_CLASS.sub("", line) for line in whole]
     seen: set[str] = set()
     for name in names:
         if name in seen:

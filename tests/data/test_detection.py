@@ -247,6 +247,16 @@ def test_lists_by_class_and_single_lists_can_be_read(voc):
     assert [Path(p).stem for p in data.inputs("test")] == ["test_0", "test_2"]
 
 
+def test_names_with_spaces_stand_in_lists(voc):
+    for old, new in (("train_0", "my photo 1"), ("train_1", "my photo")):
+        for file in (f"JPEGImages/{old}.png", f"Annotations/{old}.xml"):
+            (voc / file).rename((voc / file).with_stem(new))
+    train = voc / "ImageSets/Main/train.txt"
+    train.write_text(train.read_text().replace("train_0", "my photo 1").replace("train_1", "my photo"))
+    data = DetectionData(path=str(voc)).connect(processor())
+    assert {"my photo 1", "my photo"} <= {Path(p).stem for p in data.inputs("train")}
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
