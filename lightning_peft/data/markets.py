@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_peft.config import TARGET, Unbuilt, instantiate_as
 from lightning_peft.data.rows import RowData
+from lightning_peft.data.sharing import shared_order, shared_rows
 from lightning_peft.errors import ConfigError, DataError, near_misses
 
 if TYPE_CHECKING:
@@ -146,17 +147,17 @@ class MarketData(pl.LightningDataModule):
                     f"rows, leave it out of `data.markets`, or raise `data.rows.limit`."
                 )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Any:
         seed = self.rows.choice.seed
         size = self.rows.batch_size
         order = ByMarket(self.numbers("train"), size, seed, self.temperature, self.in_turn)
-        return self._loader("train", order)
+        return shared_order(self._loader("train", order))
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("validation")
+    def val_dataloader(self) -> Any:
+        return shared_rows(self._loader("validation"))
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
+    def test_dataloader(self) -> Any:
+        return shared_rows(self._loader("test"))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")

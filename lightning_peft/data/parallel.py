@@ -34,9 +34,9 @@ def read_parallel(files: Mapping[str, str], bad: BadRows) -> "Dataset":
     columns: dict[str, list[str]] = {name: [] for name in files}
     for group in _groups(files):
         lines = _aligned(group, bad)
-        for name, column in columns.items():
-            column += lines[name]
-        bad.before = len(column) + len(bad.unreadable)
+        for name in columns:
+            columns[name] += lines[name]
+        bad.before = len(columns[name]) + len(bad.unreadable)
     bad.before = 0
     return Dataset.from_dict(columns)
 

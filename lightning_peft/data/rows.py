@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.by_length import ByLength, lengths_of
 from lightning_peft.data.origin import SPLITS, Origin
-from lightning_peft.data.sharing import SharedLoader, place
+from lightning_peft.data.sharing import shared_order, shared_rows
 from lightning_peft.data.sources import require_columns
 from lightning_peft.data.splits import few, sample, stratified_split, unseen
 from lightning_peft.data.streams import BLOCK, RowStream, StreamLoader, check_streamed, progress_of
@@ -259,13 +259,16 @@ class RowData(pl.LightningDataModule, abc.ABC):
             self._rows["predict"] = self.table("predict")
 
     def train_dataloader(self) -> Any:
-        return self._stream_loader() if self.loading.streaming else self._loader("train", True)
+        if self.loading.streaming:
+            return self._stream_loader()
+        loader = self._loader("train", True)
+        return shared_order(loader) if self.loading.by_length else loader
 
     def val_dataloader(self) -> Any:
-        return self._evaluated("validation")
+        return shared_rows(self._loader("validation"))
 
     def test_dataloader(self) -> Any:
-        return self._evaluated("test")
+        return shared_rows(self._loader("test"))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
@@ -307,11 +310,6 @@ class RowData(pl.LightningDataModule, abc.ABC):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _evaluated(self, split: str) -> Any:
-        """Return a loader by which several processes judge each row once."""
-        loader, (rank, processes) = self._loader(split), place()
-        return SharedLoader(loader, rank, processes) if processes > 1 else loader
 
     def _stream_loader(self) -> StreamLoader:
         self.setup("fit")

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import BertTokenizerFast
 
 from lightning_peft.data.classification import ClassificationData
+from lightning_peft.data.markets import MarketData
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -38,3 +39,16 @@ def data(folder: Path, **settings: Any) -> ClassificationData:
     }
     defaults = {"path": path, "labels": ["a", "b"], "batch_size": 3, "max_length": 8}
     return ClassificationData(**{**defaults, **settings}).connect(tokenizer(folder))
+
+
+def markets(folder: Path) -> MarketData:
+    """The same rows, of three markets in turn."""
+    rows = {"_target_": "lightning_peft.data.classification.ClassificationData", "batch_size": 3}
+    path = {"train": folder / "train.csv", "validation": folder / "validation.csv"}
+    for file, numbers in zip(path.values(), (range(100), range(100, 133)), strict=True):
+        lines = ["text,label,market", *(f"w{i},{'ab'[i % 2]},{'xyz'[i % 3]}" for i in numbers)]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = {split: str(file) for split, file in path.items()}
+    found = MarketData(path=files, in_turn=True, rows=rows | {"max_length": 8})
+    found.rows.connect(tokenizer(folder))
+    return found

@@ -18,9 +18,15 @@ def share(rank: int) -> None:
     whole = numbered.data(FOLDER / str(rank))
     whole.setup("fit")
     streamed = numbered.data(FOLDER / str(rank), streaming=True)
+    ordered = numbered.data(FOLDER / str(rank), by_length=True)
+    markets = numbered.markets(FOLDER / str(rank))
+    markets.setup("fit")
     found = {
         "validation": numbered.read(whole.val_dataloader()),
         "streamed": numbered.read(streamed.train_dataloader()),
+        "ordered": numbered.read(ordered.train_dataloader()),
+        "of markets": numbered.read(markets.val_dataloader()),
+        "in turn": numbered.read(markets.train_dataloader()),
     }
     (FOLDER / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()

@@ -252,7 +252,9 @@ def test_names_with_spaces_stand_in_lists(voc):
         for file in (f"JPEGImages/{old}.png", f"Annotations/{old}.xml"):
             (voc / file).rename((voc / file).with_stem(new))
     train = voc / "ImageSets/Main/train.txt"
-    train.write_text(train.read_text().replace("train_0", "my photo 1").replace("train_1", "my photo"))
+    train.write_text(
+        train.read_text().replace("train_0", "my photo 1").replace("train_1", "my photo")
+    )
     data = DetectionData(path=str(voc)).connect(processor())
     assert {"my photo 1", "my photo"} <= {Path(p).stem for p in data.inputs("train")}
 

@@ -66,11 +66,18 @@ def test_several_files_without_a_counterpart_are_refused(tmp_path):
     for name in ("p1.en", "p2.en", "p1.de", "p3.de"):
         write(tmp_path / name, "x\n")
     files = {"en": str(tmp_path / "p*.en"), "de": str(tmp_path / "p*.de")}
-    with pytest.raises(DataError, match=r"p\*\.en` is p1\.en, p2\.en and .*p\*\.de` is p1\.de, p3\.de"):
+    with pytest.raises(
+        DataError, match=r"p\*\.en` is p1\.en, p2\.en and .*p\*\.de` is p1\.de, p3\.de"
+    ):
         read_parallel(files, BadRows())
     (tmp_path / "p3.de").rename(tmp_path / "p2.de")
     assert len(read_parallel(files, BadRows())) == 2
-    assert len(read_parallel({"en": str(tmp_path / "*1.en"), "de": str(tmp_path / "p1.de")}, BadRows())) == 1
+    assert (
+        len(
+            read_parallel({"en": str(tmp_path / "*1.en"), "de": str(tmp_path / "p1.de")}, BadRows())
+        )
+        == 1
+    )
     with pytest.raises(DataError, match="must match at least one file"):
         read_parallel({"en": str(tmp_path / "r*.en")}, BadRows())
 
