@@ -1,6 +1,7 @@
 """A text and the text that is to follow from it, as the tokens that a model reads and writes."""
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +76,15 @@ class TextPairs:
         found = self._prompted(source)
         if len(found) <= limit:
             return found, False
-        pieces = self.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [end for _, end in pieces["offset_mapping"]]
-        if len(ends) <= limit:
+        if len(self._bare(source)) <= limit:
             return found, False
-        return self._prompted(source[: ends[limit - 1]]), True
+        return self._prompted(source[: self._fitting(source, limit)]), True
 
     def write(self, target: str, limit: int) -> tuple[list[int], bool]:
         """Return the tokens that the model is to write, with the end, and whether it was cut."""
-        tokens = self.tokenizer(target, add_special_tokens=False)["input_ids"]
+        # An encoder-decoder may have a vocabulary for each side, as Marian's models do.
+        side = "text_target" if self.encoder_decoder else "text"
+        tokens = self.tokenizer(**{side: target}, add_special_tokens=False)["input_ids"]
         return [*tokens[: limit - 1], int(self.end or 0)], len(tokens) >= limit
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -91,13 +92,25 @@ class TextPairs:
         found = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return str(found).strip()
 
+    def _fitting(self, source: str, limit: int) -> int:
+        """Return how many characters of a text make `limit` tokens."""
+        if self.tokenizer.is_fast:
+            found = self.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)
+            return int(found["offset_mapping"][limit - 1][1])
+        lengths = range(len(source) + 1)
+        return bisect_right(lengths, limit, key=lambda n: len(self._bare(source[:n]))) - 1
+
+    def _bare(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
     def _prompted(self, source: str) -> list[int]:
         prompt = self.prompt or (PLACE if self.encoder_decoder else f"{PLACE}\n")
         text = prompt.replace(PLACE, source)
         tokens: list[int] = self.tokenizer(text)["input_ids"]
         if self.encoder_decoder:
             return tokens
-        bare = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        bare = self._bare(text)
         # An end that the tokenizer adds would stop a causal model here.
         return tokens if tokens[-1:] == bare[-1:] else tokens[:-1]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lightning_peft.data.generation import GenerationData
 from lightning_peft.data.text_pairs import IGNORED, PairCollator, TextPairs
@@ -85,6 +85,57 @@ def test_an_encoder_decoder_reads_the_text_and_writes_the_target(table, tokenize
         [*numbers("x </s>"), IGNORED],
         numbers("y z </s>"),
     ]
+
+
+class TwoVocabularies(PreTrainedTokenizer):
+    """Letters, numbered from 10 on where they are read and from 50 on where they are written.
+
+    It is none of the fast ones, which tell where in a text a token stands; Marian's is none either.
+    """
+
+    def __init__(self, **settings):
+        self.first = 10
+        super().__init__(pad_token="<pad>", eos_token="</s>", unk_token="<unk>", **settings)
+
+    @property
+    def vocab_size(self):
+        return 100
+
+    def get_vocab(self):
+        return {"<pad>": 0, "</s>": 1, "<unk>": 2}
+
+    def _tokenize(self, text):
+        return list(text.replace(" ", ""))
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, self.first + ord(token[0]) - ord("a"))
+
+    def _convert_id_to_token(self, index):
+        return chr(index - self.first + ord("a"))
+
+    def build_inputs_with_special_tokens(self, tokens, others=None):
+        return [*tokens, 1]
+
+    def _switch_to_input_mode(self):
+        self.first = 10
+
+    def _switch_to_target_mode(self):
+        self.first = 50
+
+
+def test_targets_are_written_in_the_vocabulary_of_their_side():
+    tool = TwoVocabularies(model_max_length=512)
+    pairs = TextPairs(tool, encoder_decoder=True)
+    assert pairs.write("ab", 5) == ([50, 51, 1], False)
+    assert pairs.read("ab", 5) == ([10, 11, 1], False)
+    # A causal model reads on in what it writes.
+    assert TextPairs(tool, encoder_decoder=False).write("ab", 5) == ([10, 11, 1], False)
+
+
+def test_long_texts_are_cut_by_a_tokenizer_that_tells_no_places():
+    pairs = TextPairs(TwoVocabularies(model_max_length=512), True, "x {source} y")
+    assert pairs.read("a b c d", 2) == ([33, 10, 11, 34, 1], True)
+    assert pairs.read("a b", 2) == ([33, 10, 11, 34, 1], False)
 
 
 def test_batches_to_answer_keep_the_references(tokenizer):
