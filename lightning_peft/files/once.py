@@ -3,33 +3,42 @@
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-
-_WEIGHTS = "model.safetensors"
 
 
 def built_once(kind: str, digest: str, build: Callable[[Path], None]) -> Path:
-    """Return a folder with `model.safetensors`, which `build` fills the first time.
+    """Return a folder with the weights of a model, which `build` fills the first time.
 
     It lies among the assets of the hub's cache (`HF_ASSETS_CACHE`), and is there as a whole or not
-    at all, also when several processes build it at once.
+    at all. Of several processes that ask for it one builds, and the others wait.
 
     Args:
         kind: How it is built, as part of the folder's name.
         digest: SHA-256 of what it is built from.
-        build: Writes the files into the empty folder that it is given.
+        build: Writes safetensors, of one file or of several, and what else belongs to them into
+            the empty folder that it is given.
     """
     from huggingface_hub import cached_assets_path, constants
+    from huggingface_hub.utils import WeakFileLock
 
     place = constants.HF_ASSETS_CACHE
     folder = cached_assets_path("lightning-peft", kind, digest, assets_dir=place)
-    if not (folder / _WEIGHTS).is_file():
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            build(partial)
-            with suppress(OSError):  # another process was faster
-                partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if not _is_built(folder):
+        with WeakFileLock(folder.with_name(f"{folder.name}.lock")):
+            if not _is_built(folder):  # another process was faster
+                _build(folder, build)
     return folder
+
+
+def _is_built(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        build(partial)
+        shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
