@@ -1,6 +1,6 @@
 """Compute a frozen part of the model once for each image, and many epochs over the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -145,20 +145,31 @@ class _Memory:
 class _Remembering:
     """Mixin of the remembered module."""
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         memory: _Memory = self.__dict__["_peft_memory"]
+        x = next((one for one in pytree.tree_leaves((args, kwargs)) if _is_batch(one)), None)
+        # Not the batch that was told: an example input, for instance.
+        if x is None or len(x) != len(memory.views):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         keys = [(view, x.shape[1:]) for view in memory.views]
-        if len(keys) != len(x):  # not the batch that was told: an example input, for instance
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         new = [i for i, key in enumerate(keys) if key not in memory.rows]
         if new:
-            computed = super().forward(x[new], *args, **kwargs)  # type: ignore[misc]
-            memory.keep([keys[i] for i in new], computed)
+            some, named = pytree.tree_map(_taking(new, len(x)), (args, kwargs))
+            memory.keep([keys[i] for i in new], super().forward(*some, **named))  # type: ignore[misc]
         recalled = memory.recall(keys)
         if not new and not memory.compared:
             with torch.no_grad():
-                memory.compare(super().forward(x, *args, **kwargs), recalled)  # type: ignore[misc]
+                memory.compare(super().forward(*args, **kwargs), recalled)  # type: ignore[misc]
         return recalled
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _taking(rows: Sequence[int], count: int) -> Callable[[Any], Any]:
+    """Return what takes `rows` out of each tensor that has all `count`, masks for example."""
+    return lambda value: value[rows] if _is_batch(value) and len(value) == count else value
 
 
 def _only(root: nn.Module, part: str) -> tuple[str, nn.Module]:

@@ -72,6 +72,35 @@ def test_each_view_is_computed_once_and_training_is_the_same():
     assert remembering.backbone.rows <= 13 + 4  # and one batch to compare
 
 
+class MaskedBackbone(Backbone):
+    """Takes a mask beside what it reads, as the backbones of detectors do."""
+
+    def forward(self, x, mask, scale):
+        return super().forward(x * mask * scale)
+
+
+class Masked(Model):
+    def __init__(self, by_name):
+        super().__init__()
+        self.by_name, self.backbone = by_name, MaskedBackbone().requires_grad_(False)
+
+    def training_step(self, batch, _):
+        x = batch["x"]
+        given = {"x": x, "mask": (x[:, :1] > 0).float(), "scale": torch.tensor(2.0)}
+        found = self.backbone(**given) if self.by_name else self.backbone(*given.values())
+        return (self.head(found["maps"][0]).squeeze(1) - batch["y"]).square().mean()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_masks_are_cut_to_the_new_rows_too(by_name):
+    plain = Masked(by_name)
+    remembering = copy.deepcopy(plain)
+    fit(plain)
+    fit(remembering, FrozenFeatures("backbone"))
+    torch.testing.assert_close(remembering.head.weight, plain.head.weight)
+    assert remembering.backbone.rows <= 13 + 4
+
+
 def test_the_module_is_as_it_was_after_the_fit():
     model = Model()
     before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
