@@ -2,7 +2,7 @@
 
     python examples/markets.py
     python examples/markets.py --rows 12000 --epochs 3 --rivals shared heads full
-    python examples/markets.py --path mine.csv --market country
+    python examples/markets.py --path mine.csv --test more.csv --market country
 
 Who likes which film? The text names the film and the viewer, the market is the viewer's region
 (MovieLens 100k, for research; `make recipe-assets`). Rivals are trained on the same rows for as
@@ -37,7 +37,7 @@ POOLER = ("*.pooler",)  # which the head reads, and MiniLM's training left aside
 def main() -> None:
     args = parse()
     data = MarketData(
-        path=args.path,
+        path={"train": args.path, "test": args.test} if args.path else None,
         source=None if args.path else "movielens",
         market=args.market,
         rows={
@@ -171,6 +171,7 @@ def show(data, found) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--path", help="a file with the columns text, label and a market")
+    parser.add_argument("--test", help="such a file to test on")
     parser.add_argument("--market", default="market", help="column of the markets")
     parser.add_argument("--rows", type=int, default=1200, help="rows of each split at most")
     parser.add_argument("--epochs", type=int, default=2)

