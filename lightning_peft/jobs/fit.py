@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
-from lightning_peft.config import check_settings, instantiate
+from lightning_peft.config import TARGET, check_settings, instantiate
 from lightning_peft.data.rows import RowData
+from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import trainers
+from lightning_peft.jobs.conf import key_of
 from lightning_peft.jobs.job import Job
 from lightning_peft.jobs.outcome import finish
 from lightning_peft.jobs.run_folder import RunFolder, created, resolved
@@ -30,6 +33,7 @@ class Fit(Job):
 
     def run(self, config: DictConfig) -> None:
         settings = resolved(config)
+        settings["method"] = _chosen(settings["method"])
         with created(settings) as run:
             trainer = train(settings, run)
         finish(settings, run, trainer, self.baseline)
@@ -75,6 +79,23 @@ def parts(settings: Mapping[str, Any]) -> tuple[ModelSource, RowData, Task]:
     task.equip(data, source)
     data.prepare_data()
     return source, data, task.connect(data)
+
+
+def _chosen(methods: Mapping[str, Any]) -> dict[str, Any]:
+    """Return methods without what a recipe says of one that `method=` has put others in place of.
+
+    Raises:
+        ConfigError: The command line says it.
+    """
+    asked = [key_of(text) for text in HydraConfig.get().overrides.task]
+    left_out = [name for name, settings in methods.items() if TARGET not in settings]
+    for name in left_out:
+        if any(f"{key}.".startswith(f"method.{name}.") for key in asked):
+            raise ConfigError(
+                f"`method.{name}` must be the settings of a method that is chosen, but the chosen "
+                f"are {', '.join(set(methods) - set(left_out))}: choose it with `method={name}`."
+            )
+    return {name: settings for name, settings in methods.items() if name not in left_out}
 
 
 def _reading(methods: Mapping[str, Any], source: ModelSource) -> dict[str, Any]:

