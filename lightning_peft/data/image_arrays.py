@@ -49,6 +49,7 @@ def read_npz(path: Path, split: str, labelled: bool) -> "Dataset | None":
     with _opened(path) as file:
         names = _names(file.files, split)
         if names is None:
+            _check_names(path, file.files)
             return None
         images = file[names[0]]
         labels = file[names[1]] if labelled and names[1] in file.files else None
@@ -102,7 +103,7 @@ def idx_files(folder: Path) -> dict[str, Path]:
                 f"{own[1].name} and {own[0].name}: name one as `data.path='{{{split}: <file>}}'`."
             )
         found |= {split: own[0]} if own else {}
-    return found
+    return found if found or len(files) != 1 else {"train": next(iter(files.values()))}
 
 
 def read_idx(path: Path, labelled: bool) -> "Dataset":
@@ -117,8 +118,12 @@ def read_idx(path: Path, labelled: bool) -> "Dataset":
         DataError: A file is missing or damaged.
     """
     labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    if labelled and not labels.is_file():
-        raise DataError(f"`{path}` must have its labels in `{labels.name}` beside it.")
+    if labelled and not labels.is_file():  # but one of both may be packed
+        plain = labels.name.removesuffix(".gz")
+        other = labels.with_name(plain if labels.suffix == ".gz" else f"{plain}.gz")
+        if not other.is_file():
+            raise DataError(f"`{path}` must have its labels in `{labels.name}` beside it.")
+        labels = other
     return _dataset(path, _idx(path), _idx(labels) if labelled else None)
 
 
@@ -135,6 +140,15 @@ def read_mnist() -> "Dataset":
     text = gzip.decompress(path.read_bytes()).decode("ascii").replace("\n", ",")
     table = np.fromstring(text, np.uint8, sep=",").reshape(-1, 28 * 28 + 1)  # the label is last
     return _dataset(Path("mnist"), table[:, :-1].reshape(-1, 28, 28), table[:, -1])
+
+
+def _check_names(path: Path, found: Sequence[str]) -> None:
+    known = [*_PLAIN, *(pair for split in NAMES for pair in _pairs(split))]
+    if _first(found, known) is None:
+        raise DataError(
+            f"`{path}` must hold arrays called images and labels, x_train and y_train, or "
+            f"train_images and train_labels, but holds {', '.join(found) or 'none'}."
+        )
 
 
 def _names(found: Sequence[str], split: str) -> tuple[str, str] | None:

@@ -38,8 +38,6 @@ def open_image(source: str | Path | bytes, name: str = "", upright: bool = False
         MissingExtraError: PIL is not installed.
     """
     pil = require("PIL.Image", "images")
-    if not isinstance(source, bytes):
-        _must_exist(Path(source))
     name = name or f"`{source!s}`"
     with _readable(name), pil.open(_file(source)) as image:
         _must_be_small(image, name)
@@ -47,14 +45,15 @@ def open_image(source: str | Path | bytes, name: str = "", upright: bool = False
         return _rgb(_turned(image) if upright else image, name)
 
 
-def _must_exist(path: Path) -> None:
+def _file(source: str | Path | bytes) -> Any:
+    """Return what PIL can open."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    path = Path(source)
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"the image `{path}` does not exist.{near_misses(path.name, near)}")
-
-
-def _file(source: str | Path | bytes) -> Any:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+    return path
 
 
 @contextmanager

@@ -281,9 +281,10 @@ class RowData(pl.LightningDataModule, abc.ABC):
         """
         table = self._read(split)
         if table is None:
+            files = ", ".join(f"{name}: <file>" for name in dict.fromkeys(("train", split)))
             raise DataError(
                 f"`path` must give rows for {split}, but {self.origin.name(split)} has none: name "
-                f"files by split, as in `data.path='{{train: <file>, {split}: <file>}}'`."
+                f"files by split, as in `data.path='{{{files}}}'`."
             )
         return table
 

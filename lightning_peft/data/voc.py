@@ -124,12 +124,12 @@ def _image(folder: Path, name: str, filename: str = "") -> Path:
 def _row(file: Path, images: Path, name: str, bad: BadRows) -> dict[str, Any] | None:
     try:
         tree = _parsed(file)
-        objects = [_object(file, i, found) for i, found in enumerate(tree.findall("object"), 1)]
+        objects = [_object(file, i, found) for i, found in enumerate(tree.findall("{*}object"), 1)]
     except DataError as error:
         bad.refuse(str(error))
         return None
     return {
-        "image": str(_image(images, name, tree.findtext("filename") or "")),
+        "image": str(_image(images, name, tree.findtext("{*}filename") or "")),
         "annotation": str(file),
         "boxes": [box for box, _, _ in objects],
         "labels": [label for _, label, _ in objects],
@@ -155,8 +155,9 @@ def _parsed(file: Path) -> Any:
 
 
 def _object(file: Path, number: int, found: Any) -> tuple[list[float], str, bool]:
-    label = (found.findtext("name") or "").strip()
-    texts = [found.findtext(f"bndbox/{corner}") for corner in _CORNERS]
+    """Return the box, the class and whether it is difficult; names may stand in a namespace."""
+    label = (found.findtext("{*}name") or "").strip()
+    texts = [found.findtext(f"{{*}}bndbox/{{*}}{corner}") for corner in _CORNERS]
     if not label or None in texts:
         raise DataError(
             f"object {number} of `{file}` must have a name and a bndbox of {', '.join(_CORNERS)}, "
@@ -169,4 +170,4 @@ def _object(file: Path, number: int, found: Any) -> tuple[list[float], str, bool
             f"object {number} ({label}) of `{file}` must have numbers as corners, but has {texts}: "
             f"correct it, or {SKIP}."
         ) from None
-    return box, label, (found.findtext("difficult") or "0").strip() == "1"
+    return box, label, (found.findtext("{*}difficult") or "0").strip() == "1"

@@ -247,6 +247,13 @@ def test_lists_by_class_and_single_lists_can_be_read(voc):
     assert [Path(p).stem for p in data.inputs("test")] == ["test_0", "test_2"]
 
 
+def test_annotations_may_have_a_namespace(voc):
+    before = DetectionData(path=str(voc)).connect(processor()).targets("test")
+    for file in (voc / "Annotations").iterdir():
+        file.write_text(file.read_text().replace("<annotation>", '<annotation xmlns="urn:voc">'))
+    assert DetectionData(path=str(voc)).connect(processor()).targets("test") == before
+
+
 def test_names_with_spaces_stand_in_lists(voc):
     for old, new in (("train_0", "my photo 1"), ("train_1", "my photo")):
         for file in (f"JPEGImages/{old}.png", f"Annotations/{old}.xml"):

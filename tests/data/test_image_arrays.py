@@ -69,6 +69,20 @@ def test_of_a_file_and_its_packed_copy_the_plain_one_is_read(mnist):
     assert len(ImageData(path=str(mnist), validation=0.3).inputs("test")) == 2
 
 
+def test_one_of_both_files_may_be_packed_and_no_split_named(mnist):
+    for file in list(mnist.iterdir()):
+        if "t10k" in file.name:
+            file.unlink()
+        else:
+            file.rename(file.with_name(file.name.replace("train-", "")))
+    images = mnist / "images-idx3-ubyte.gz"
+    images.with_suffix("").write_bytes(gzip.decompress(images.read_bytes()))
+    images.unlink()
+    data = ImageData(path=str(mnist), validation=0.3)
+    data.setup("fit")
+    assert len(data.table("train")) == 6
+
+
 def test_plain_idx_files_need_no_gzip(mnist):
     for file in list(mnist.iterdir()):
         file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
@@ -163,6 +177,7 @@ def test_coloured_images_in_both_layouts(tmp_path):
         ({"images": GREY / 255, "labels": LABELS}, "whole numbers of shape .* but has float64"),
         ({"images": GREY.astype(int) * 2, "labels": LABELS}, r"from 0 to 255, but has \d+ to [45]"),
         ({"images": GREY[0], "labels": LABELS}, r"but has uint8 of shape \(5, 4\)"),
+        ({"data": GREY, "target": LABELS}, "arrays called images and .* but holds data, target"),
         ({"images": GREY}, "must hold labels of the images, but has no `labels"),
         ({"images": GREY, "labels": LABELS / 2}, "as a whole number or a name"),
         ({"images": np.array([{}]), "labels": LABELS}, "cannot be read as plain arrays: Object"),

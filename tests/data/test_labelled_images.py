@@ -219,6 +219,12 @@ def test_too_many_pixels_are_refused_without_a_warning(folder, monkeypatch):
     ImageData(path=str(folder)).setup("fit")
 
 
+def test_a_path_that_cannot_be_one_is_told(folder):
+    (folder / "t.csv").write_text(f"image\n{'a' * 5000}.png\n")
+    with pytest.raises(DataError, match=r"cannot be read: .*File name too long.*row 1 of"):
+        ImageData(path={"predict": str(folder / "t.csv")}).setup("predict")
+
+
 def test_an_image_is_opened_without_a_change_of_the_filters_of_warnings(folder, monkeypatch):
     # They belong to the whole process: threads that exchange them leave wrong ones behind.
     inside, opening = [], Image.open
