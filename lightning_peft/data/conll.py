@@ -59,7 +59,7 @@ def _fields(line: str) -> list[str]:
         return []
     if "\t" in line:
         return [field.strip() for field in line.strip("\r\n").split("\t")]
-    return line.split()
+    return re.split(" +", line.strip())  # no other space parts words
 
 
 def _problem(path: Path, sentence: list[tuple[int, list[str]]], labelled: bool) -> str:

@@ -4,7 +4,6 @@ import csv
 import glob
 import itertools
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_peft.models import HubAnswer, ask_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+    from pyarrow.parquet import ParquetFile
 
 FORMATS = {
     ".csv": "csv",
@@ -281,11 +281,14 @@ def _columns_of_fields(
     path: Path, file: TextIO, kind: str, columns: Sequence[str] | None, bad: BadRows
 ) -> dict[str, list[str]]:
     lines = _fields(path, file, kind)
-    names = list(columns) if columns is not None else next(lines, (0, []))[1]
+    header = list(columns) if columns is not None else next(lines, (0, []))[1]
+    names = [name.strip() for name in header]
     if len(set(names)) < len(names):
         raise DataError(f"`{path}` must name each column once, but has {names}.")
     rows = []
-    for number, (line, row) in enumerate(lines, 1):
+    # Spaces, and separators behind which nothing stands, are no row but what editors leave.
+    filled = (one for one in lines if len(one[1]) == len(names) or "".join(one[1]).strip())
+    for number, (line, row) in enumerate(filled, 1):
         if len(row) != len(names):
             bad.refuse(
                 f"`{path}` must have {len(names)} fields in each row ({', '.join(names)}), "
@@ -337,31 +340,34 @@ def _blocks_of_objects(path: Path, bad: BadRows, size: int) -> Iterator["Dataset
 def _blocks_of_parquet(path: Path, bad: BadRows, size: int) -> Iterator["Dataset"]:
     from datasets import Dataset
     from datasets.table import InMemoryTable
+
+    with _opened_parquet(path) as file:
+        for batch in file.iter_batches(size):
+            yield Dataset(InMemoryTable.from_batches([batch]))
+
+
+def _read_parquet(path: Path) -> "Dataset":
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    with _opened_parquet(path) as file:
+        return Dataset(InMemoryTable(file.read()))
+
+
+@contextmanager
+def _opened_parquet(path: Path) -> Iterator["ParquetFile"]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(size):
-                yield Dataset(InMemoryTable.from_batches([batch]))
-    except ArrowException as error:
+            yield file
+    except (ArrowException, ValueError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"`{path}` cannot be read as Parquet: {first}") from error
 
 
 _STREAMED = {"jsonl": _blocks_of_objects, "parquet": _blocks_of_parquet}
-
-
-def _read_parquet(path: Path) -> "Dataset":
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    with tempfile.TemporaryDirectory() as cache, hidden_progress():
-        try:
-            return Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except (DatasetGenerationError, ValueError) as error:
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
-            raise DataError(f"`{path}` cannot be read as Parquet: {cause}") from error
 
 
 def _where_undecodable(path: Path) -> str:

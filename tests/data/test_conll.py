@@ -36,6 +36,11 @@ def test_a_hash_that_is_tagged_is_a_word(tmp_path):
     assert read(tmp_path, b"# O\nwin O\n")["tokens"] == [["#", "win"]]
 
 
+def test_other_spaces_are_part_of_a_word(tmp_path):
+    rows = read(tmp_path, "10\u00a0000  CD  O \nkm O\n".encode())
+    assert rows.to_list() == [{"tokens": ["10\u00a0000", "km"], "labels": ["O", "O"]}]
+
+
 def test_words_alone_have_no_labels(tmp_path):
     assert read(tmp_path, b"Ada\nsleeps\n\nHi\n").to_list() == [
         {"tokens": ["Ada", "sleeps"]},

@@ -1,12 +1,20 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
 from lightning_peft.data import sources
 from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.sources import bad_texts, read_file, read_hub, require_columns
+from lightning_peft.data.sources import (
+    bad_texts,
+    read_file,
+    read_hub,
+    require_columns,
+    stream_file,
+)
 from lightning_peft.errors import DataError
 from lightning_peft.models import HubAnswer
 
@@ -90,6 +98,49 @@ def test_the_format_can_be_named(tmp_path):
         read_file(path, "json")
     with pytest.raises(DataError, match="`columns` must be left out for jsonl"):
         read_file(path, "jsonl", columns=["text"])
+
+
+def test_what_editors_leave_in_a_csv_file_is_no_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"text , label\r\na,1\r\n  \r\n,,\r\nb,\r\n\r\nonly\r\n")
+    bad = BadRows(skip=True)
+    assert read_file(path, bad=bad).to_list() == [
+        {"text": "a", "label": "1"},
+        {"text": "b", "label": ""},
+    ]
+    assert len(bad.reasons) == 1
+    assert bad.reasons[0].endswith("has 1 in the row that ends in line 7.")
+    path.write_text('text\na\n""\n')
+    assert read_file(path)["text"] == ["a", ""]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),
+        (pa.array(["a", "b"], pa.large_string()), ["a", "b"]),
+        (pa.array(["a", "b"], pa.string_view()), ["a", "b"]),
+        (pa.nulls(2), [None, None]),
+        (pa.array([["a"], []], pa.large_list(pa.large_string())), [["a"], []]),
+    ],
+)
+def test_parquet_is_read_whatever_its_types(tmp_path, column, values):
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
+    assert read_file(tmp_path / "rows.parquet")["text"][:] == values
+    (block,) = stream_file(tmp_path / "rows.parquet", None, BadRows(), 2)
+    assert block["text"][:] == values
+
+
+def test_parquet_that_holds_nothing_usable_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    with pytest.raises(DataError, match="must hold at least one row, but has none"):
+        read_file(path)
+    pq.write_table(pa.table({"m": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8()))}), path)
+    with pytest.raises(DataError, match=r"cannot be read as Parquet: Arrow type map<"):
+        read_file(path)
+    with pytest.raises(DataError, match=r"cannot be read as Parquet: Arrow type map<"):
+        list(stream_file(path, None, BadRows(), 2))
 
 
 @pytest.mark.parametrize(
