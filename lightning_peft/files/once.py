@@ -18,13 +18,13 @@ def built_once(kind: str, digest: str, build: Callable[[Path], None]) -> Path:
         build: Writes safetensors, of one file or of several, and what else belongs to them into
             the empty folder that it is given.
     """
+    from filelock import FileLock
     from huggingface_hub import cached_assets_path, constants
-    from huggingface_hub.utils import WeakFileLock
 
     place = constants.HF_ASSETS_CACHE
     folder = cached_assets_path("lightning-peft", kind, digest, assets_dir=place)
     if not _is_built(folder):
-        with WeakFileLock(folder.with_name(f"{folder.name}.lock")):
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_built(folder):  # another process was faster
                 _build(folder, build)
     return folder
