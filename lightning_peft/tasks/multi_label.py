@@ -1,7 +1,7 @@
 """Any number of labels for each text: topics, emotions, kinds of toxicity."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ from torchmetrics.functional.classification import (
 from lightning_peft.baseline import Baseline, frozen_baselines
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.report import Example
+from lightning_peft.tasks.labelled import LabelledTask
 from lightning_peft.tasks.outputs import (
-    agreed,
     check_outputs,
     load_classifier,
     logits_of,
     require_labels,
 )
 from lightning_peft.tasks.single_label import LabelledData
-from lightning_peft.tasks.task import StepOutput, Task
+from lightning_peft.tasks.task import StepOutput
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lightning_peft.models import ModelSource
 
 
-class MultiLabelClassification(Task):
+class MultiLabelClassification(LabelledTask):
     """Decide for each label whether a text has it, by binary cross-entropy.
 
     The model takes `input_ids` and `attention_mask`, both `(batch, tokens)`, and returns an object
@@ -58,25 +58,16 @@ class MultiLabelClassification(Task):
     def equip(self, data: Any, source: "ModelSource") -> None:
         data.connect(source.tokenizer(), labels=self.labels)
 
-    def connect(self, data: LabelledData) -> Self:
-        """Take the labels of the data, unless the settings give them.
-
-        Raises:
-            DataError: Both give labels, and they differ.
-        """
-        self.labels = agreed(self.labels, data.labels, "labels")
-        return self
-
     def load_model(self, source: "ModelSource") -> nn.Module:
         return load_classifier(
             source,
-            self._named_labels(),
+            self.named_labels(),
             "AutoModelForSequenceClassification",
             problem_type="multi_label_classification",
         )
 
     def metrics(self) -> MetricCollection:
-        count = len(self._named_labels())
+        count = len(self.named_labels())
         return MetricCollection(
             {
                 "f1": MultilabelF1Score(count, average="micro"),
@@ -95,7 +86,7 @@ class MultiLabelClassification(Task):
 
     def predictions(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Return for each text its labels, and the probability of each label there is."""
-        names = self._named_labels()
+        names = self.named_labels()
         return [
             {
                 "labels": [n for n, p in zip(names, row, strict=True) if p >= self.threshold],
@@ -111,7 +102,7 @@ class MultiLabelClassification(Task):
     def by_class(
         self, targets: Sequence[Sequence[str]], predictions: Sequence[Mapping[str, Any]]
     ) -> dict[str, dict[str, float]]:
-        names = self._named_labels()
+        names = self.named_labels()
         gold = _marks(targets, names)
         chosen = _marks([row["labels"] for row in predictions], names)
         settings: dict[str, Any] = {"num_labels": len(names), "average": None}
@@ -142,7 +133,7 @@ class MultiLabelClassification(Task):
             DataError: The head has another number of labels, or no training row has any.
         """
         self.connect(data)
-        check_outputs(model, self._named_labels(), "data.labels")
+        check_outputs(model, self.named_labels(), "data.labels")
         if not any(data.label_counts("train").values()):
             raise DataError("`data.label` must give labels in training, but no row has any.")
 
@@ -155,14 +146,6 @@ class MultiLabelClassification(Task):
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return logits_of(model, batch, "(batch, labels)", "sequence classification")
-
-    def _named_labels(self) -> tuple[str, ...]:
-        if self.labels is None:
-            raise ConfigError(
-                "`labels` must be known, but is None instead: give "
-                "`MultiLabelClassification(labels=[...])`, or call `connect(data)` first."
-            )
-        return self.labels
 
 
 def _marks(rows: Sequence[Sequence[str]], names: Sequence[str]) -> Tensor:

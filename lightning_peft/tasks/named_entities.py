@@ -1,7 +1,7 @@
 """Named entities: a tag for each word, and the spans that the tags make."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,17 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_peft.baseline import Baseline, frozen_baselines
-from lightning_peft.errors import ConfigError, DataError, require
+from lightning_peft.data.tags import tags_of
+from lightning_peft.errors import ConfigError, require
 from lightning_peft.report import Example
+from lightning_peft.tasks.labelled import LabelledTask
 from lightning_peft.tasks.outputs import (
     check_outputs,
     load_classifier,
     logits_of,
     require_labels,
 )
-from lightning_peft.tasks.task import StepOutput, Task
+from lightning_peft.tasks.task import StepOutput
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -28,14 +30,6 @@ if TYPE_CHECKING:
 _SEQEVAL = "seqeval.metrics.sequence_labeling"
 _IGNORED = -100
 _SCORES = ("precision", "recall", "f1")
-
-
-class TaggedData(Protocol):
-    """What the task asks of a data module."""
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """The tags in the order of the model's outputs, `O` first."""
 
 
 class EntityScore(Metric):
@@ -74,7 +68,7 @@ class EntityScore(Metric):
         return torch.tensor(scores["all"][self.score], device=self.device)
 
 
-class NamedEntities(Task):
+class NamedEntities(LabelledTask):
     """Tag each word with the entity that it begins (B), continues (I), or with none (O).
 
     The model takes `input_ids` and `attention_mask`, both `(pieces, tokens)`, and returns an object
@@ -88,9 +82,10 @@ class NamedEntities(Task):
     monitor = "val/f1"
     mode = "max"
     suffix = ".jsonl"
+    setting = "types"
 
     def __init__(self, labels: Sequence[str] | None = None) -> None:
-        if labels is not None and (len(labels) < 3 or labels[0] != "O"):
+        if labels is not None and (len(labels) < 3 or tuple(labels) != tags_of(_types(labels))):
             raise ConfigError(
                 f"`labels` must be O and B-<type>, I-<type> of each type, but is {list(labels)} "
                 f"instead."
@@ -100,27 +95,15 @@ class NamedEntities(Task):
     def equip(self, data: Any, source: "ModelSource") -> None:
         data.connect(source.tokenizer(), labels=self.labels)
 
-    def connect(self, data: TaggedData) -> Self:
-        """Take the tags of the data, unless the settings give them.
-
-        Raises:
-            DataError: Both give tags, and they differ.
-        """
-        found = tuple(data.labels)
-        if self.labels is not None and self.labels != found:
-            raise DataError(
-                f"the tags of the data must be those of the task ({', '.join(self.labels)}), but "
-                f"are {', '.join(found)} instead: set `data.types` in that order."
-            )
-        self.labels = found
-        return self
+    def spelled(self, labels: Sequence[str]) -> str:
+        return ", ".join(_types(labels))
 
     def load_model(self, source: "ModelSource") -> nn.Module:
-        return load_classifier(source, self._tags(), "AutoModelForTokenClassification")
+        return load_classifier(source, self.named_labels(), "AutoModelForTokenClassification")
 
     def metrics(self) -> MetricCollection:
         require(_SEQEVAL, "ner")  # now, and not after an epoch
-        tags = self._tags()
+        tags = self.named_labels()
         return MetricCollection({score: EntityScore(tags, score) for score in _SCORES})
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepOutput:
@@ -137,7 +120,7 @@ class NamedEntities(Task):
         An entity's `start` is the number of its first word, from 0, `end` that after its last, and
         `score` the mean probability of its words' tags.
         """
-        tags = self._tags()
+        tags = self.named_labels()
         chosen, scores = _by_word(self._logits(model, batch), batch)
         rows = []
         for numbers, probabilities, length in zip(
@@ -186,14 +169,14 @@ class NamedEntities(Task):
     ) -> list[Baseline]:
         return frozen_baselines(model, self, train, validation, test, pooled=False)
 
-    def check(self, model: nn.Module, data: TaggedData) -> None:
+    def check(self, model: nn.Module, data: Any) -> None:
         """Compare the tags of the data with the head.
 
         Raises:
             DataError: The head has another number of tags.
         """
         self.connect(data)
-        check_outputs(model, self._tags(), "data.types")
+        check_outputs(model, self.named_labels(), "data.types")
 
     def to_spec(self) -> dict[str, Any]:
         from lightning_peft.config import target_of
@@ -203,14 +186,6 @@ class NamedEntities(Task):
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return logits_of(model, batch, "(pieces, tokens, tags)", "token classification")
-
-    def _tags(self) -> tuple[str, ...]:
-        if self.labels is None:
-            raise ConfigError(
-                "`labels` must be known, but is None instead: give `NamedEntities(labels=[...])`, "
-                "or call `connect(data)` first."
-            )
-        return self.labels
 
 
 def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -241,6 +216,10 @@ def entity_scores(
         kind: dict(zip(_SCORES, map(float, row[:3]), strict=True)) | {"entities": int(row[3])}
         for kind, row in rows.items()
     }
+
+
+def _types(tags: Sequence[str]) -> list[str]:
+    return [tag.removeprefix("B-") for tag in tags[1::2]]
 
 
 def _by_word(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

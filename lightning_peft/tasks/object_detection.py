@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -17,8 +17,9 @@ from lightning_peft.tasks.box_scores import BoxScore, score_names
 from lightning_peft.tasks.boxes_drawn import draw_objects
 from lightning_peft.tasks.constant_boxes import constant_boxes
 from lightning_peft.tasks.detectors import decoded, is_detector, load_detector, takes_mask
-from lightning_peft.tasks.outputs import agreed, check_outputs, require_labels
-from lightning_peft.tasks.task import StepOutput, Task
+from lightning_peft.tasks.labelled import LabelledTask
+from lightning_peft.tasks.outputs import check_outputs, require_labels
+from lightning_peft.tasks.task import StepOutput
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -28,15 +29,7 @@ if TYPE_CHECKING:
 _MOST = 100  # objects of an image that are looked at, as in COCO's evaluation
 
 
-class BoxData(Protocol):
-    """What the task asks of a data module."""
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """The classes in the order of the model's outputs."""
-
-
-class ObjectDetection(Task):
+class ObjectDetection(LabelledTask):
     """Find the objects of an image: their classes and boxes.
 
     The model is a detector of transformers: it takes `pixel_values`, `labels` and, if it knows
@@ -54,6 +47,7 @@ class ObjectDetection(Task):
     monitor = "val/map"
     mode = "max"
     suffix = ".jsonl"
+    setting = "classes"
 
     def __init__(
         self,
@@ -70,21 +64,12 @@ class ObjectDetection(Task):
     def equip(self, data: Any, source: "ModelSource") -> None:
         data.connect(self._processor(source), labels=self.labels)
 
-    def connect(self, data: BoxData) -> Self:
-        """Take the classes of the data, which are those of the settings if these give any.
-
-        Raises:
-            DataError: They differ.
-        """
-        self.labels = agreed(self.labels, data.labels, "classes")
-        return self
-
     def load_model(self, source: "ModelSource") -> nn.Module:
-        return load_detector(source, self._labels(), self.detector)
+        return load_detector(source, self.named_labels(), self.detector)
 
     def metrics(self) -> MetricCollection:
         require("pycocotools", "detection")  # now, and not after an epoch
-        classes = self._labels()
+        classes = self.named_labels()
         return MetricCollection({name: BoxScore(classes, name) for name in score_names(classes)})
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
@@ -100,7 +85,7 @@ class ObjectDetection(Task):
 
         A box is left, top, right and bottom in pixels of the file.
         """
-        classes, within = self._labels(), takes_mask(model)
+        classes, within = self.named_labels(), takes_mask(model)
         rows = []
         for found in self._found(model(**_inputs(batch, within)), batch, within):
             boxes = found["boxes"].tolist()
@@ -120,7 +105,7 @@ class ObjectDetection(Task):
     def draw(self, read: str, prediction: Mapping[str, Any], folder: Path, number: int) -> None:
         """Draw the objects on a copy of the image, `<number>-<its name>.png` in `folder`."""
         path = folder / f"{number:05d}-{Path(read).stem}.png"
-        draw_objects(read, prediction["objects"], self._labels(), path)
+        draw_objects(read, prediction["objects"], self.named_labels(), path)
 
     def example(
         self, read: str, target: Sequence[Mapping[str, Any]], prediction: Mapping[str, Any]
@@ -134,7 +119,7 @@ class ObjectDetection(Task):
         targets: Sequence[Sequence[Mapping[str, Any]]],
         predictions: Sequence[Mapping[str, Any]],
     ) -> dict[str, dict[str, float]]:
-        return agreement(targets, [row["objects"] for row in predictions], self._labels())
+        return agreement(targets, [row["objects"] for row in predictions], self.named_labels())
 
     def baselines(
         self,
@@ -145,7 +130,7 @@ class ObjectDetection(Task):
     ) -> list[Baseline]:
         """Return what it is worth to draw the same boxes on every image."""
         started = time.perf_counter()
-        shares = constant_boxes(train, len(self._labels()))
+        shares = constant_boxes(train, len(self.named_labels()))
         scores = []
         for loader in (validation, test):
             metrics = self.metrics()
@@ -165,7 +150,7 @@ class ObjectDetection(Task):
             )
         ]
 
-    def check(self, model: nn.Module, data: BoxData) -> None:
+    def check(self, model: nn.Module, data: Any) -> None:
         """Compare the classes of the data with the head.
 
         Raises:
@@ -178,7 +163,7 @@ class ObjectDetection(Task):
                 f"{type(model).__name__}: take another, or set `task.detector` to build one on it."
             )
         self.connect(data)
-        check_outputs(model, self._labels(), "data.classes")
+        check_outputs(model, self.named_labels(), "data.classes")
 
     def to_spec(self) -> dict[str, Any]:
         from lightning_peft.config import target_of
@@ -203,19 +188,11 @@ class ObjectDetection(Task):
         logits, boxes = outputs.logits, outputs.pred_boxes
         if not within:  # the model saw the padding as a part of the image
             boxes = boxes / batch["row_shares"].repeat(1, 2).unsqueeze(1)
-        found = decoded(logits.detach(), boxes.detach(), len(self._labels()), _MOST)
+        found = decoded(logits.detach(), boxes.detach(), len(self.named_labels()), _MOST)
         sizes = batch["row_sizes"].repeat(1, 2)  # (batch, 4)
         return [
             one | {"boxes": one["boxes"] * size} for one, size in zip(found, sizes, strict=True)
         ]
-
-    def _labels(self) -> tuple[str, ...]:
-        if self.labels is None:
-            raise ConfigError(
-                "`labels` must be known, but is None instead: give `ObjectDetection(labels=[...])`,"
-                " or call `connect(data)` first."
-            )
-        return self.labels
 
 
 def _inputs(batch: Mapping[str, Any], within: bool) -> dict[str, Tensor]:

@@ -74,25 +74,6 @@ def load_classifier(
     return model
 
 
-def agreed(own: Sequence[str] | None, found: Sequence[str], setting: str) -> tuple[str, ...]:
-    """Return the labels of the data, which are those that a task was given, if it was.
-
-    Args:
-        own: the task's, or None.
-        found: the data's.
-        setting: what they are called under `data`.
-
-    Raises:
-        DataError: they differ.
-    """
-    if own is not None and tuple(own) != tuple(found):
-        raise DataError(
-            f"`data.{setting}` must be those of the task in their order ({', '.join(own)}), but is "
-            f"{', '.join(found)} instead: set `data.{setting}=[{','.join(own)}]`."
-        )
-    return tuple(found)
-
-
 def check_outputs(model: nn.Module, labels: Sequence[str], setting: str) -> None:
     """Compare the number of labels with that of the head's outputs.
 

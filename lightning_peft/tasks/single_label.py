@@ -18,13 +18,9 @@ from torchmetrics.functional.classification import (
 from lightning_peft.baseline import Baseline, frozen_baselines
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.report import Example
-from lightning_peft.tasks.outputs import (
-    agreed,
-    check_outputs,
-    logits_of,
-    require_labels,
-)
-from lightning_peft.tasks.task import StepOutput, Task
+from lightning_peft.tasks.labelled import LabelledTask
+from lightning_peft.tasks.outputs import check_outputs, logits_of, require_labels
+from lightning_peft.tasks.task import StepOutput
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -41,7 +37,7 @@ class LabelledData(Protocol):
         """Return how many rows of a split have each label."""
 
 
-class SingleLabel(Task):
+class SingleLabel(LabelledTask):
     """Choose one of several labels for each row, by cross-entropy.
 
     The model returns an object with `logits` of shape `(batch, labels)`. A task says in its class
@@ -82,7 +78,8 @@ class SingleLabel(Task):
         Raises:
             DataError: Both give labels, and they differ.
         """
-        self.labels = found = agreed(self.labels, data.labels, "labels")
+        super().connect(data)
+        found = self.named_labels()
         if self.class_weights == "balanced":
             self.class_weights = _balanced(data.label_counts("train"))
         elif self.class_weights is not None and set(self.class_weights) != set(found):
@@ -195,19 +192,6 @@ class SingleLabel(Task):
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return logits_of(model, batch, "(batch, labels)", self.kind)
-
-    def named_labels(self) -> tuple[str, ...]:
-        """Return the labels.
-
-        Raises:
-            ConfigError: They are not known yet.
-        """
-        if self.labels is None:
-            raise ConfigError(
-                f"`labels` must be known, but is None instead: give "
-                f"`{type(self).__name__}(labels=[...])`, or call `connect(data)` first."
-            )
-        return self.labels
 
 
 def _balanced(counts: Mapping[str, int]) -> dict[str, float]:

@@ -168,7 +168,7 @@ def test_the_tags_come_from_the_data_and_survive_storage(model):
     task.check(model, Data())
     assert task.labels == TAGS
     assert instantiate(task.to_spec()).labels == TAGS
-    with pytest.raises(DataError, match=r"set `data\.types` in that order"):
+    with pytest.raises(DataError, match=r"set `data\.types=\[z\]`"):
         NamedEntities(["O", "B-z", "I-z"]).connect(Data())
 
 
