@@ -2,21 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.labels import bad_labels, encode, infer_labels
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.sources import bad_texts
-from lightning_peft.data.texts import Tokenise, check_max_length, text_keys, tokenised
+from lightning_peft.data.texts import Tokenise, text_keys, tokenised
+from lightning_peft.data.tokenised import TokenisedData
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 
-class ClassificationData(RowData):
+class ClassificationData(TokenisedData):
     """Texts (or pairs of texts) with one label each.
 
     The rows come from `path`, else from `hub`, else from the packaged `source`. Without a
@@ -100,22 +100,7 @@ class ClassificationData(RowData):
         self.text, self.text_pair, self.label = text, text_pair, label
         self.max_length = max_length
         self._labels = tuple(str(name) for name in labels) if labels is not None else None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._check_settings()
-
-    def connect(
-        self, processor: "PreTrainedTokenizerBase", labels: Sequence[str] | None = None
-    ) -> Self:
-        """Take the model's tokenizer and, for a model that is already trained, its labels.
-
-        Raises:
-            ConfigError: `max_length` is more than the model can read.
-        """
-        check_max_length(self.max_length, processor)
-        self._tokenizer = processor
-        self._labels = tuple(labels) if labels is not None else self._labels
-        self._items.clear()
-        return self
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -152,7 +137,7 @@ class ClassificationData(RowData):
         return encode(rows, self.label, self.labels, self.origin.name(split))
 
     def items(self, split: str, rows: "Dataset") -> "Dataset":
-        tokenise = Tokenise(self._tool(), self.text, self.text_pair, self.max_length)
+        tokenise = Tokenise(self.tokenizer, self.text, self.text_pair, self.max_length)
         tokens = tokenised(rows, tokenise)
         if split == "predict":
             return tokens
@@ -161,7 +146,7 @@ class ClassificationData(RowData):
     def collator(self) -> Callable[[Any], Any]:
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(self._tool())
+        return DataCollatorWithPadding(self.tokenizer)
 
     def inputs(self, split: str) -> list[str]:
         columns = [map(str, self.chosen(split)[column]) for column in self._texts()]
@@ -173,10 +158,8 @@ class ClassificationData(RowData):
     def _texts(self) -> list[str]:
         return [self.text] if self.text_pair is None else [self.text, self.text_pair]
 
-    def _tool(self) -> "PreTrainedTokenizerBase":
-        if self._tokenizer is None:
-            raise ConfigError("`connect(tokenizer)` must be called before batches can be made.")
-        return self._tokenizer
+    def _know(self, labels: Sequence[str]) -> None:
+        self._labels = tuple(labels)
 
     def _check_settings(self) -> None:
         if self.max_length < 1:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +10,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.splits import normalised
 from lightning_peft.data.tags import fault, tags_of, to_bio, types_of
-from lightning_peft.data.texts import check_max_length, tokenised
-from lightning_peft.errors import ConfigError, DataError
+from lightning_peft.data.texts import tokenised
+from lightning_peft.data.tokenised import TokenisedData
+from lightning_peft.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +25,7 @@ IGNORED = -100
 """What cross-entropy and the metrics leave out: padding, and sub-words that begin no word."""
 
 
-class EntityData(RowData):
+class EntityData(TokenisedData):
     """Sentences as lists of words, with a tag for each word that says which entity it is part of.
 
     A row has a list of words and one of tags, as CoNLL files, JSON lines and Parquet give them; a
@@ -62,6 +63,8 @@ class EntityData(RowData):
         streaming: Leave the training rows on disk or the hub, and read them block by block.
     """
 
+    asks = "the word"
+
     def __init__(
         self,
         *,
@@ -98,28 +101,6 @@ class EntityData(RowData):
         self.tokens, self.label, self.text, self.scheme = tokens, label, text, scheme
         self.max_length = max_length
         self._types = tuple(types) if types is not None else None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def connect(
-        self, processor: "PreTrainedTokenizerBase", labels: Sequence[str] | None = None
-    ) -> Self:
-        """Take the model's tokenizer and, for a model that is already trained, its tags.
-
-        Raises:
-            ConfigError: `max_length` is more than the model can read, or the tokenizer does not
-                tell the words.
-        """
-        check_max_length(self.max_length, processor)
-        if not processor.is_fast:
-            raise ConfigError(
-                f"the tokenizer must be a fast one, which tells the word of each token, but "
-                f"{type(processor).__name__} is none: use a model that has one."
-            )
-        self._tokenizer = processor
-        if labels is not None:
-            self._types = tuple(tag[2:] for tag in labels if tag.startswith("B-"))
-        self._items.clear()
-        return self
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -176,12 +157,12 @@ class EntityData(RowData):
     def items(self, split: str, rows: "Dataset") -> "Dataset":
         label = None if split == "predict" else self.label
         numbers = {} if split == "predict" else {tag: i for i, tag in enumerate(self.labels)}
-        spaced = _keeps_spaces(self._tool())
-        words = TokeniseWords(self._tool(), self.tokens, label, numbers, self.max_length, spaced)
+        spaced = _keeps_spaces(self.tokenizer)
+        words = TokeniseWords(self.tokenizer, self.tokens, label, numbers, self.max_length, spaced)
         return tokenised(rows, words)
 
     def collator(self) -> "WordCollator":
-        return WordCollator(int(self._tool().pad_token_id or 0), self._tool().padding_side)
+        return WordCollator(int(self.tokenizer.pad_token_id or 0), self.tokenizer.padding_side)
 
     def inputs(self, split: str) -> list[list[str]]:
         return list(self.chosen(split)[self.tokens])
@@ -189,10 +170,8 @@ class EntityData(RowData):
     def targets(self, split: str) -> list[list[str]]:
         return list(self.chosen(split)[self.label])
 
-    def _tool(self) -> "PreTrainedTokenizerBase":
-        if self._tokenizer is None:
-            raise ConfigError("`connect(tokenizer)` must be called before batches can be made.")
-        return self._tokenizer
+    def _know(self, labels: Sequence[str]) -> None:
+        self._types = tuple(tag[2:] for tag in labels if tag.startswith("B-"))
 
     def _words(self, rows: "Dataset") -> list[Any]:
         """Return the words of each row, as they are where they cannot be a list."""

@@ -1,23 +1,23 @@
 """Texts with any number of labels each, as padded batches."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.sources import bad_texts
-from lightning_peft.data.texts import Tokenise, check_max_length, text_keys, tokenised
+from lightning_peft.data.texts import Tokenise, text_keys, tokenised
+from lightning_peft.data.tokenised import TokenisedData
 from lightning_peft.errors import ConfigError, DataError, near_misses
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 _MARKS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
-class MultiLabelData(RowData):
+class MultiLabelData(TokenisedData):
     """Texts with none, one or several labels each.
 
     The labels stand in one column, as a list or as a text with `separator` between them; or each
@@ -89,21 +89,6 @@ class MultiLabelData(RowData):
                 f"`labels` must be the columns of `label` ({', '.join(self.label)}), but is "
                 f"{self._labels} instead: leave it out."
             )
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def connect(
-        self, processor: "PreTrainedTokenizerBase", labels: Sequence[str] | None = None
-    ) -> Self:
-        """Take the model's tokenizer and, for a model that is already trained, its labels.
-
-        Raises:
-            ConfigError: `max_length` is more than the model can read.
-        """
-        check_max_length(self.max_length, processor)
-        self._tokenizer = processor
-        self._labels = tuple(labels) if labels is not None else self._labels
-        self._items.clear()
-        return self
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -150,7 +135,7 @@ class MultiLabelData(RowData):
         return [0] * len(rows)
 
     def items(self, split: str, rows: "Dataset") -> "Dataset":
-        tokens = tokenised(rows, Tokenise(self._tool(), self.text, None, self.max_length))
+        tokens = tokenised(rows, Tokenise(self.tokenizer, self.text, None, self.max_length))
         if split == "predict":
             return tokens
         marks = [[float(name in names) for name in self.labels] for names in self._sets(rows)]
@@ -159,7 +144,7 @@ class MultiLabelData(RowData):
     def collator(self) -> Callable[[Any], Any]:
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(self._tool())
+        return DataCollatorWithPadding(self.tokenizer)
 
     def inputs(self, split: str) -> list[str]:
         return list(self.chosen(split)[self.text])
@@ -199,7 +184,5 @@ class MultiLabelData(RowData):
                 )
         return ""
 
-    def _tool(self) -> "PreTrainedTokenizerBase":
-        if self._tokenizer is None:
-            raise ConfigError("`connect(tokenizer)` must be called before batches can be made.")
-        return self._tokenizer
+    def _know(self, labels: Sequence[str]) -> None:
+        self._labels = tuple(labels)

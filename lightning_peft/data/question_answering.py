@@ -1,26 +1,26 @@
 """Questions whose answers are spans of a context, as batches of windows of tokens."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.splits import connected, grouped_split, normalised
 from lightning_peft.data.squad import answers_of
-from lightning_peft.data.texts import check_max_length, tokenised
+from lightning_peft.data.texts import tokenised
+from lightning_peft.data.tokenised import TokenisedData
 from lightning_peft.data.windows import TokeniseQuestions, WindowCollator, check_windows
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 _SQUAD = dict.fromkeys((".json", ".jsonl", ".ndjson"), "squad")
 _LANGUAGE = "{language}"
 
 
-class QuestionData(RowData):
+class QuestionData(TokenisedData):
     """Questions, each with a context and with the answers that stand in it.
 
     A row has a question, its context and `answers`: the texts and where each begins, counted in
@@ -66,6 +66,8 @@ class QuestionData(RowData):
         ConfigError: `max_length` or `stride` is out of its range, or `language` is missing.
     """
 
+    asks = "the characters"
+
     def __init__(
         self,
         *,
@@ -106,26 +108,6 @@ class QuestionData(RowData):
         self.question, self.context, self.answers = question, context, answers
         self.identity, self.title = identity, title
         self.max_length, self.stride = max_length, stride
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def connect(
-        self, processor: "PreTrainedTokenizerBase", labels: Sequence[str] | None = None
-    ) -> Self:
-        """Take the model's tokenizer.
-
-        Raises:
-            ConfigError: `max_length` is more than the model can read, or the tokenizer does not
-                tell the characters of its tokens.
-        """
-        check_max_length(self.max_length, processor)
-        if not processor.is_fast:
-            raise ConfigError(
-                f"the tokenizer must be a fast one, which tells the characters of each token, but "
-                f"{type(processor).__name__} is none: use a model that has one."
-            )
-        self._tokenizer = processor
-        self._items.clear()
-        return self
 
     @property
     def unanswerable(self) -> bool:
@@ -179,12 +161,12 @@ class QuestionData(RowData):
     def items(self, split: str, rows: "Dataset") -> "Dataset":
         answers = None if split == "predict" else self.answers
         windows = TokeniseQuestions(
-            self._tool(), self.question, self.context, answers, self.max_length, self.stride
+            self.tokenizer, self.question, self.context, answers, self.max_length, self.stride
         )
         return tokenised(rows, windows)
 
     def collator(self) -> WindowCollator:
-        tool = self._tool()
+        tool = self.tokenizer
         return WindowCollator(
             int(tool.pad_token_id or 0), int(tool.pad_token_type_id), tool.padding_side
         )
@@ -196,11 +178,6 @@ class QuestionData(RowData):
 
     def targets(self, split: str) -> list[list[str]]:
         return [answers["text"] for answers in self.chosen(split)[self.answers]]
-
-    def _tool(self) -> "PreTrainedTokenizerBase":
-        if self._tokenizer is None:
-            raise ConfigError("`connect(tokenizer)` must be called before batches can be made.")
-        return self._tokenizer
 
     def _bad_texts(self, question: Any, context: Any) -> str:
         for column, value in ((self.question, question), (self.context, context)):
