@@ -28,6 +28,11 @@ class BadRows:
         """The numbers in the file, from 1, of those that could not even be read as a row."""
         self.before = 0
         """How many rows of the file, or of earlier files, came before those that are read now."""
+        self._files: list[tuple[int, str]] = []  # how many rows came before each
+
+    def begin_file(self, name: str) -> None:
+        """Take it that the rows of a file follow, which may be one of several."""
+        self._files.append((self.before, name))
 
     def begin(self, before: int) -> None:
         """Take it that what is read now stands behind so many rows that are done with."""
@@ -58,6 +63,14 @@ class BadRows:
             number += unreadable <= number
         return number
 
+    def place(self, index: int) -> str:
+        """Return which row of which of several files was read as number `index`; empty for one."""
+        if len(self._files) < 2:
+            return ""
+        number = self.number(index)
+        before, name = max(file for file in self._files if file[0] < number)
+        return f" That is row {number - before:,} of `{name}`."
+
     def without(self, rows: "Dataset", problems: Mapping[int, str]) -> "Dataset":
         """Return the rows but for those with a problem.
 
@@ -70,8 +83,8 @@ class BadRows:
         """
         if not problems:
             return rows
-        for reason in problems.values():
-            self.refuse(reason)
+        for index, reason in problems.items():
+            self.refuse(f"{reason}{self.place(index)}")
         return rows.select([i for i in range(len(rows)) if i not in problems])
 
 

@@ -111,7 +111,7 @@ class Origin:
         elif isinstance(files, str):
             kind = self.format or self.formats.get(Path(files).suffix.lower())
             paths = matching(located(files))
-            blocks = (rows for path in paths for rows in stream_file(path, kind, bad, size))
+            blocks = _streamed(paths, kind, bad, size)
         else:
             raise DataError(
                 f"`streaming` must be false for {self.name(split)}, which is read as a whole: "
@@ -139,3 +139,11 @@ class Origin:
         if self.hub is not None:
             return read_hub(self.hub, self.hub_config).get(name)
         return SOURCES[str(self.source)]().get(name)
+
+
+def _streamed(
+    paths: Sequence[str], kind: str | None, bad: BadRows, size: int
+) -> Iterator["Dataset"]:
+    for path in paths:
+        bad.begin_file(path)
+        yield from stream_file(path, kind, bad, size)

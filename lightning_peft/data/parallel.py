@@ -33,6 +33,7 @@ def read_parallel(files: Mapping[str, str], bad: BadRows) -> "Dataset":
 
     columns: dict[str, list[str]] = {name: [] for name in files}
     for group in _groups(files):
+        bad.begin_file("` and `".join(group.values()))
         lines = _aligned(group, bad)
         for name in columns:
             columns[name] += lines[name]

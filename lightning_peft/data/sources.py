@@ -88,6 +88,7 @@ def read_files(
 
     bad, tables = bad or BadRows(), []
     for path in paths:
+        bad.begin_file(str(path))
         tables.append(read_file(path, file_format, columns, bad))
         bad.before = sum(map(len, tables)) + len(bad.unreadable)
     bad.before = 0

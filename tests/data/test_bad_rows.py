@@ -6,7 +6,7 @@ import pytest
 
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.classification import ClassificationData
-from lightning_peft.data.sources import read_file
+from lightning_peft.data.sources import read_file, read_files
 from lightning_peft.errors import DataError
 from tests.data.test_classification import texts, write
 
@@ -80,3 +80,36 @@ def test_a_column_that_no_row_has_is_refused_in_any_case(tmp_path, tokenizer):
     data = ClassificationData(path=path, text="body", skip_bad_rows=True).connect(tokenizer)
     with pytest.raises(DataError, match="`text` must be a column of"):
         data.setup("fit")
+
+
+def write_parts(folder):
+    good, odd = ({"text": "some text", "label": label} for label in ("good", "odd"))
+    for name, rows in (("1", [good] * 3), ("2", [good, odd]), ("3", [good])):
+        lines = [json.dumps(row | {"text": f"{name} {i}"}) for i, row in enumerate(rows)]
+        (folder / f"{name}.jsonl").write_text("\n".join(["{", *lines]) + "\n")
+    return [folder / f"{name}.jsonl" for name in "123"]
+
+
+def test_which_row_of_which_of_several_files_is_known(tmp_path):
+    paths, bad = write_parts(tmp_path), BadRows(skip=True)
+    rows = read_files(paths, bad=bad)
+    odd = rows["label"].index("odd")
+    assert bad.number(odd) == 7
+    assert bad.place(odd) == f" That is row 3 of `{paths[1]}`."
+    assert bad.place(0) == f" That is row 2 of `{paths[0]}`."
+    assert bad.place(len(rows) - 1) == f" That is row 2 of `{paths[2]}`."
+    alone = BadRows(skip=True)
+    read_files(paths[:1], bad=alone)
+    assert alone.place(0) == ""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_several_files_the_one_with_a_bad_row_is_named(tmp_path, tokenizer, streaming):
+    for path in write_parts(tmp_path):
+        path.write_text(path.read_text().removeprefix("{\n"))
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"text": "held out", "label": "bad"}) + "\n")
+    path = {"train": str(tmp_path / "[0-9].jsonl"), "validation": str(held)}
+    data = ClassificationData(path=path, labels=["bad", "good"], streaming=streaming)
+    with pytest.raises(DataError, match=r"row 5 of .* That is row 2 of `.*/2\.jsonl`\.$"):
+        list(data.connect(tokenizer).train_dataloader())
