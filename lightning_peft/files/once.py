@@ -24,7 +24,9 @@ def built_once(kind: str, digest: str, build: Callable[[Path], None]) -> Path:
     place = constants.HF_ASSETS_CACHE
     folder = cached_assets_path("lightning-peft", kind, digest, assets_dir=place)
     if not _is_built(folder):
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
+        locks = folder.parents[1] / ".locks"  # apart, so that bases stand alone in their folder
+        locks.mkdir(exist_ok=True)
+        with FileLock(locks / f"{kind}-{digest}"):
             if not _is_built(folder):  # another process was faster
                 _build(folder, build)
     return folder

@@ -30,7 +30,7 @@ def test_a_folder_is_built_the_first_time_alone(names):
     assert built_once("test", "0" * 64, build) == folder
     assert len(built) == 1
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
-    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_what_fails_leaves_nothing_behind():
