@@ -53,7 +53,8 @@ def test_another_network_in_the_file_is_refused_and_leaves_nothing(
     torch.save({"weight": torch.zeros(2, 2)}, file)
     with pytest.raises(ConfigError, match="must hold a MobileNetV2 of width 1"):
         converted("mobilenetv2_torch", file, "0" * 64)
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    left = [path for path in cache.rglob("*") if path.is_file()]
+    assert all(path.parent.name == ".locks" for path in left)
 
 
 def test_an_interrupted_build_is_begun_anew(cache: Path) -> None:
