@@ -5,11 +5,11 @@
 MiniLM learns the sentences of `shared/data/sst2`, two epochs, batch 32, AdamW with a cosine and
 gradients clipped at norm 1, every contender with the same loop, rows and order. First each
 contender's learning rate is chosen from a grid in one epoch of a subset, by accuracy on the
-development rows. Then it is trained on all rows; should it be worse on the development rows than on
-the subset, the rate is unstable, and the next best one is taken. The test rows score what has been
-chosen. A training is a process of its own (so that its peak of memory is its own) with one thread,
-and leaves a JSON file; what is there is not run again. Prints a Markdown table; its seconds are the
-CPU's, for training alone.
+development rows; of rates with which nothing is learned there, the highest. Then it is trained on
+all rows; should it be worse on the development rows than on the subset, the rate is unstable, and
+the next best one is taken. The test rows score what has been chosen. A training is a process of its
+own (so that its peak of memory is its own) with one thread, and leaves a JSON file; what is there
+is not run again. Prints a Markdown table; its seconds are the CPU's, for training alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf" / "method"
 SUBSET, EPOCHS = 1500, 2
-GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 REACH = 1
 """How many steps of the grid to either side of a method's own learning rate are tried."""
 
@@ -69,7 +69,7 @@ def chosen(arguments: argparse.Namespace, who: str, method: str) -> float:
         lr: trained(arguments.folder, who, method, lr, 0, rows, 1, ["dev"])["accuracy"]["dev"]
         for lr in rates(method)
     }
-    best = sorted(tried, key=lambda lr: tried[lr], reverse=True)
+    best = sorted(tried, key=lambda lr: (tried[lr], lr), reverse=True)
     for lr in best:
         if full(arguments, who, method, lr, 0)["accuracy"]["dev"] >= tried[lr]:
             return lr
