@@ -47,12 +47,12 @@ def read_npz(path: Path, split: str, labelled: bool) -> "Dataset | None":
         DataError: The file is damaged, or the arrays are no images with a label each.
     """
     with _opened(path) as file:
-        names = _names(file.files, split)
-        if names is None:
-            _check_names(path, file.files)
-            return None
-        images = file[names[0]]
-        labels = file[names[1]] if labelled and names[1] in file.files else None
+        found, names = list(file.files), _names(file.files, split)
+        images = file[names[0]] if names is not None else None
+        labels = file[names[1]] if names is not None and labelled and names[1] in found else None
+    if names is None:
+        _check_names(path, found)
+        return None
     if labelled and labels is None:
         raise DataError(f"`{path}` must hold labels of the images, but has no `{names[1]}`.")
     return _dataset(path, images, labels)

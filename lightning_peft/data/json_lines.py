@@ -47,8 +47,7 @@ def columns_of_json(path: Path, file: TextIO, bad: BadRows) -> dict[str, list[An
     if begins_a_list(file):
         text = file.read()
         try:
-            rows = {row: (f"row {row:,}", found) for row, found in enumerate(parsed(text), 1)}
-            return _columns(path, rows, bad)
+            objects = parsed(text)
         except json.JSONDecodeError as error:
             if error.msg != _MORE:  # which are lists in lines, and refused as such below
                 raise DataError(
@@ -56,6 +55,9 @@ def columns_of_json(path: Path, file: TextIO, bad: BadRows) -> dict[str, list[An
                 ) from error
         except ValueError as error:
             raise DataError(f"`{path}` cannot be read: {error}.") from error
+        else:
+            rows = {row: (f"row {row:,}", found) for row, found in enumerate(objects, 1)}
+            return _columns(path, rows, bad)
     file.seek(0)
     return columns_of_objects(path, file, bad)
 

@@ -39,12 +39,12 @@ class Origin:
         ConfigError: None of them is given, or a name is unknown.
     """
 
-    path: str | Mapping[str, str | Mapping[str, str]] | None = None
+    path: str | Mapping[str, str | Mapping[str, str] | None] | None = None
     """One file, for `predict` the one to judge and else the one to train on; or files by split.
 
     `package://<package>/<file>` is a file of an installed package; `parts/*.jsonl` are several, one
     after the other in the order of their names. A split may have several plain
-    files by column, whose lines belong together.
+    files by column, whose lines belong together; None leaves a split out.
     """
     hub: str | None = None
     """Name of a data set on the hub."""
@@ -83,14 +83,14 @@ class Origin:
             return {}
         if isinstance(self.path, str):
             return {"train": self.path, "predict": self.path}
-        files = dict(self.path)
+        files = {split: file for split, file in self.path.items() if file is not None}
         return {"predict": files["test"]} | files if "test" in files else files
 
     def name(self, split: str) -> str:
         """Return what a person calls the place that the rows of a split come from."""
         if self.path is not None:
             files = self.files().get(split, self.path)
-            names = [files] if isinstance(files, str) else files.values()
+            names = [files] if isinstance(files, str) else filter(None, files.values())
             return " and ".join(f"`{name}`" for name in names)
         return f"`{self.hub or self.source}` ({split})"
 

@@ -4,6 +4,7 @@ import gzip
 import re
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,10 @@ def read_parallel(files: Mapping[str, str], bad: BadRows) -> "Dataset":
 
 
 def _groups(files: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the files that belong together, in the order of their names."""
-    found = {name: matching(file) for name, file in files.items()}
+    """Return the files that belong together, in the order of what tells them apart."""
+    found = {
+        name: sorted(matching(file), key=partial(_open_parts, file)) for name, file in files.items()
+    }
     differing = {tuple(_open_parts(files[name], file) for file in f) for name, f in found.items()}
     if len(differing) > 1 and any(len(several) > 1 for several in found.values()):
         told = " and ".join(f"`{files[name]}` is {_shown(f)}" for name, f in found.items())

@@ -162,7 +162,7 @@ def _together(found: Mapping[str, StepOutput]) -> StepOutput:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w-]+", name) or name in dir(nn.ModuleDict):
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"`task.tasks` must have names of letters, digits, - and _, which folders and modules "
             f"are called by, but has {name!r}: choose another."

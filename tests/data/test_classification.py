@@ -135,6 +135,13 @@ def test_given_splits_are_kept(tmp_path, tokenizer):
     assert all(map(data.has_split, ("train", "validation", "test", "predict")))
 
 
+def test_a_split_that_is_set_to_null_is_not_given(path, tokenizer):
+    data = ClassificationData(path={"train": str(path), "test": None})
+    assert not data.has_split("test")
+    with pytest.raises(DataError, match=r"must give rows for test, but `[^`]+` has none: name"):
+        data.setup("test")
+
+
 def test_rows_to_predict_need_no_label_and_keep_their_order(tmp_path, tokenizer):
     rows = [{"id": i, "text": row["text"]} for i, row in enumerate(texts(9))]
     data = ClassificationData(path=write(tmp_path / "new.jsonl", rows), limit=3, batch_size=2)

@@ -185,8 +185,9 @@ def test_coloured_images_in_both_layouts(tmp_path):
 )
 def test_other_arrays_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         ImageData(path=str(tmp_path / "a.npz")).setup("fit")
+    assert str(caught.value).count("a.npz") == 1
 
 
 def test_the_packaged_digits_are_all_there():

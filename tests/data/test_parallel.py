@@ -62,6 +62,16 @@ def test_several_files_belong_together_by_name(tmp_path):
     assert [bad.number(i) for i in range(2)] == [2, 3]
 
 
+def test_several_files_belong_together_whatever_stands_behind_their_numbers(tmp_path):
+    for part in ("1", "10"):
+        write(tmp_path / f"p{part}_en.txt", f"{part} a\n")
+        write(tmp_path / f"p{part}.de", f"{part} A\n")
+    files = {"en": str(tmp_path / "p*_en.txt"), "de": str(tmp_path / "p*.de")}
+    found = read_parallel(files, BadRows())
+    assert found["en"] == ["1 a", "10 a"]
+    assert found["de"] == ["1 A", "10 A"]
+
+
 def test_several_files_without_a_counterpart_are_refused(tmp_path):
     for name in ("p1.en", "p2.en", "p1.de", "p3.de"):
         write(tmp_path / name, "x\n")

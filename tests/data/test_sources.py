@@ -201,8 +201,9 @@ def test_damaged_csv_is_refused_with_its_line(tmp_path, content, message):
 def test_damaged_json_lines_are_refused_with_their_line(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         read_file(path)
+    assert str(caught.value).count(str(path)) == 1
 
 
 @pytest.mark.parametrize("indent", [None, 1])

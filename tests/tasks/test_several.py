@@ -86,7 +86,7 @@ def test_tasks_and_data_have_the_same_names(source: ModelSource, data: SeveralDa
         SeveralTasks({"judge": SequenceClassification()}).equip(data, source)
     with pytest.raises(ConfigError, match=r"`task\.tasks` must hold tasks by name"):
         SeveralTasks({})
-    for name in ("a.b", "keys", ""):
+    for name in ("a.b", "keys", "training", ""):
         with pytest.raises(ConfigError, match=r"must have names of letters, digits, - and _"):
             SeveralTasks({name: SequenceClassification()})
     with pytest.raises(ConfigError, match=r"`data\.of` must hold data modules by name"):
