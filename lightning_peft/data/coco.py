@@ -45,14 +45,14 @@ def _annotated(
         key: row | {"annotation": str(file), "boxes": [], "labels": [], "ignored": []}
         for key, row in rows.items()
     }
-    spoilt: set[_Id] = set()
+    spoilt: set[Hashable] = set()
     seen: set[Any] = set()
     for number, annotation in enumerate(content["annotations"], 1):
         wrong = _fault(annotation, rows, labels, seen)
         key = annotation.get("image_id") if isinstance(annotation, Mapping) else None
         if wrong:
             bad.refuse(f"annotation {number:,} of `{file}` {wrong}: correct it, or {SKIP}.")
-            if isinstance(key, _Id):  # one of no image spoils none
+            if isinstance(key, Hashable):  # one of no image spoils none
                 spoilt.add(key)
             continue
         if annotation.get("id") is not None:

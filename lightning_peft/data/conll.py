@@ -59,7 +59,7 @@ def _fields(line: str) -> list[str]:
         return []
     if "\t" in line:
         return [field.strip() for field in line.strip("\r\n").split("\t")]
-    return re.split(" +", line.strip())  # no other space parts words
+    return re.split(" +", line.strip(" \r\n"))  # no other space parts words
 
 
 def _problem(path: Path, sentence: list[tuple[int, list[str]]], labelled: bool) -> str:

@@ -51,7 +51,8 @@ class Origin:
     hub_config: str | None = None
     """Its configuration, where it has several."""
     source: str | None = None
-    """Data that a package carries: `reviews`, `drug_reviews`, `chitchat`, `movielens`."""
+    """Data that a package carries: `reviews`, `drug_reviews`, `chitchat`, `movielens`,
+    `conll2003`."""
     format: str | None = None
     """Format of the files; None takes it from each name."""
     formats: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -88,14 +88,15 @@ def _chosen(methods: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: The command line says it.
     """
     asked = [key_of(text) for text in HydraConfig.get().overrides.task]
-    left_out = [name for name, settings in methods.items() if TARGET not in settings]
+    kept = {name: settings for name, settings in methods.items() if TARGET in settings}
+    left_out = [name for name in methods if name not in kept]
     for name in left_out:
         if any(f"{key}.".startswith(f"method.{name}.") for key in asked):
             raise ConfigError(
                 f"`method.{name}` must be the settings of a method that is chosen, but the chosen "
-                f"are {', '.join(set(methods) - set(left_out))}: choose it with `method={name}`."
+                f"are {', '.join(kept)}: choose it with `method={name}`."
             )
-    return {name: settings for name, settings in methods.items() if name not in left_out}
+    return kept
 
 
 def _reading(methods: Mapping[str, Any], source: ModelSource) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class Predict(Job):
     def _output(self, source: Any, folder: Path, suffix: str) -> Path:
         while isinstance(source, dict):  # by split, and parallel text by side
             source = next((source[k] for k in ("source", "predict", "test") if k in source), None)
-        beside = f"{source}".rstrip("/")  # a folder can be given as `images/`
+        # A folder can be given as `images/`, and several files as `part*.csv`.
+        beside = re.sub(r"[*?\[\]]", "", f"{source}".rstrip("/"))
         default = f"{beside}.predictions{suffix}" if source else folder / f"predictions{suffix}"
         output = Path(self.output or default).expanduser()
         if output.suffix not in _FORMATS:

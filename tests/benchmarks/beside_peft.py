@@ -7,7 +7,8 @@ Takes base, data, task, batches, epochs, learning rates and their course from th
 places that LoRA or DoRA stand in from ours; the rest is peft's. A plain PyTorch loop trains, the
 epoch that is best on validation is kept, and the task's own metrics judge it on the test rows. The
 seconds are the CPU's, those of the run the clock's. Prints a Markdown table. A comparison is
-written beside the run's report (`peft.json`) and not run again.
+written beside the run's report (`peft.json`) and not run again. For tasks that generate text it
+compares the loss, since peft's run writes no samples.
 """
 
 import copy
@@ -78,7 +79,7 @@ def rival(settings: dict[str, Any]) -> dict[str, Any]:
         test = scores(task, model, data.test_dataloader())
     return {
         "name": method_of(model),
-        "metric": task.metric,
+        "metric": task.metric if task.metric in validation else "loss",
         "validation": validation,
         "test": test,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -182,15 +183,17 @@ def scores(task: Task, model: nn.Module, loader: DataLoader[Any]) -> dict[str, f
     """Return the task's metrics; the base keeps the mode that it came with, as in a run."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    metrics, losses = task.metrics(), []
+    metrics, losses, weights = task.metrics(), [], []
     for batch in loader:
         out = task.evaluate(model, batch)
         metrics.update(out.predictions, out.targets)
-        losses.append(float(out.loss))
+        rows = 1 if out.targets is None else len(out.targets)
+        weights.append(rows if out.weight is None else out.weight)
+        losses.append(weights[-1] * float(out.loss))
     for module, mode in modes.items():
         module.training = mode
     found = {name: float(value) for name, value in metrics.compute().items()}
-    return found | {"loss": sum(losses) / len(losses)}
+    return found | {"loss": sum(losses) / sum(weights)}
 
 
 if __name__ == "__main__":
