@@ -59,8 +59,8 @@ class PTuning(Method):
     anchor_ids: Sequence[int] = ()
     """The ids of the words that stand in the middle of the vectors."""
 
-    layout: Layout = "clean"
-    """Where heads read: "clean", as without a prompt, or "peft", encoders at its first vector."""
+    layout: Layout = "peft"
+    """Where heads of encoders read: at the prompt's first vector, or "clean", as without it."""
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens, self.layout)

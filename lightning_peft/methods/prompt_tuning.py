@@ -48,8 +48,8 @@ class PromptTuning(Method):
     init_ids: Sequence[int] = ()
     """The ids of the words to start from, cut or repeated to `tokens`."""
 
-    layout: Layout = "clean"
-    """Where heads read: "clean", as without a prompt, or "peft", encoders at its first vector."""
+    layout: Layout = "peft"
+    """Where heads of encoders read: at the prompt's first vector, or "clean", as without it."""
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens, self.layout)

@@ -158,7 +158,8 @@ def test_a_second_push_keeps_the_card_and_leaves_nothing_stale(hub: Hub, build: 
     repository = hub.repositories["org/new"]
     repository.commits[-1]["README.md"] = b"Written by a person."
     assert "adapter_config.json" in repository.commits[-1]
-    alone = trained(build, method=PromptTuning(tokens=3))  # which peft's format does not hold here
+    # Which peft's format does not hold.
+    alone = trained(build, method=PromptTuning(tokens=3, layout="clean"))
     adapters_of(alone.model)["default"].push("org/new")
     files = repository.commits[-1]
     assert files["README.md"] == b"Written by a person."

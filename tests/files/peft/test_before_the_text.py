@@ -209,8 +209,8 @@ def test_where_a_clean_prompt_is_the_same_peft_gets_it(
 @pytest.mark.parametrize(
     ("method", "name", "reason"),
     [
-        (PromptTuning(tokens=N), "bert", r"before the first token there.*layout='peft'"),
-        (PTuning(tokens=N), "roberta_tokens", r"before the first token there.*layout='peft'"),
+        (PromptTuning(tokens=N, layout="clean"), "bert", r"before the first.*layout='peft'"),
+        (PTuning(tokens=N, layout="clean"), "roberta_tokens", r"before the first.*layout='peft'"),
         (PrefixTuning(tokens=N), "llama", r"positions of the text move on by 3.*layout='peft'"),
         (PrefixTuning(tokens=N), "gpt2", r"positions of the text move on by 3.*layout='peft'"),
         (PTuningV2(tokens=N), "bert", r"positions of the text move on by 3.*layout='peft'"),
