@@ -13,7 +13,8 @@ _DEEPEST = 50
 _TOO_DEEP = f"lists and objects must stand in each other at most {_DEEPEST} deep, but do deeper"
 _MORE = "Extra data"  # how `json` says that a text goes on behind its first value
 _LONG, _BROKEN = "a number of more than 64 bits", "a text that is not UTF-8"
-_USABLE = {_LONG: "a number", _BROKEN: "a text"}
+_BROKEN_KEY = "an object with a key that is not UTF-8"
+_USABLE = {_LONG: "a number", _BROKEN: "a text", _BROKEN_KEY: "an object"}
 """What should stand where something of the same type does that cannot be stored."""
 
 
@@ -101,7 +102,7 @@ def _columns(
     """Return the columns of objects, given by their row's number and with the place of each."""
     rows: dict[int, dict[str, Any]] = {}
     for row, (place, value) in found.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and _kind(value) != _BROKEN_KEY:
             rows[row] = value
         else:
             bad.refuse(
@@ -146,7 +147,7 @@ def _kinds(place: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, list):
         for item in value:
             yield from _kinds(f"{place}[]", item)
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and kind != _BROKEN_KEY:
         for key, item in value.items():
             yield from _kinds(f"{place}.{key}", item)
 
@@ -159,6 +160,8 @@ def _kind(value: Any) -> str:
         return _LONG
     if isinstance(value, str) and not (value.isascii() or is_unicode(value)):
         return _BROKEN
+    if isinstance(value, dict) and not all(map(is_unicode, value)):
+        return _BROKEN_KEY
     kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return kinds.get(type(value), "")
 

@@ -21,6 +21,7 @@ from lightning_peft.delta import Delta
 from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.method import Method
 from lightning_peft.structure import anatomy, sublayers
+from lightning_peft.structure.drift import calls_forward, recomputing
 
 _FAR = 2**30
 """Further from either end than any position that is edited."""
@@ -84,12 +85,14 @@ class LoReFT(Method):
                 f"`layers` must lie in [-{len(stack)}, {len(stack)}), but {wrong[0]} does not."
             )
         chosen = stack if self.layers is None else [stack[i] for i in sorted(self.layers)]
+        _check_gradients(model, chosen)
         outputs = {found.layer: found.output[1] for found in sublayers.sublayers(model)}
+        said = getattr(getattr(model, "config", None), "hidden_size", None)
         hosts: dict[int, tuple[str, Delta]] = {}
         for i, named in enumerate(stack):
-            name, block = _last_called(*named)
+            name, block = _last_called(model, *named)
             if named in chosen and id(block) not in hosts:
-                width = _width(block, outputs.get(i))
+                width = _width(block, outputs.get(i), said)
                 hosts[id(block)] = name, Intervention(block, width, self)
         return dict(hosts.values())
 
@@ -134,6 +137,7 @@ class Intervention(Delta):
         super().__init__()
         like = next(p for p in host.parameters() if p.is_floating_point())
         self.settings, self.width = settings, width
+        self.convolves = any(isinstance(m, sublayers.CONVOLUTIONS) for m in host.modules())
         apart = bool(settings.prefix and settings.suffix) and not settings.tied
         self.edit = Edit(like, width, settings.r)
         self.last = Edit(like, width, settings.r) if apart else None
@@ -149,15 +153,21 @@ class Intervention(Delta):
         return edited if h is output else type(output)((edited, *output[1:]))
 
     def _everywhere(self, h: Tensor) -> Tensor:
-        if h.is_nested or h.shape[-1] == self.width:
+        if h.is_nested or not self._has_channels_first(h):
             return cast(Tensor, self.edit(h))
         return cast(Tensor, self.edit(h.movedim(1, -1)).movedim(-1, 1))
 
+    def _has_channels_first(self, h: Tensor) -> bool:
+        """Whether channels come before places, which a grid as wide as they are many hides."""
+        if h.shape[-1] != self.width:
+            return True
+        return h.dim() > 3 and h.shape[1] == self.width and self.convolves
+
     def _at(self, h: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if h.dim() != 3:
+        if h.dim() != 3 or self._has_channels_first(h):
             raise AdapterError(
-                f"`prefix` must be None where hidden states have {h.dim()} dimensions, without an "
-                f"order, but is {self.settings.prefix} instead."
+                f"`prefix` must be None where hidden states are not (batch, tokens, {self.width}), "
+                f"but is {self.settings.prefix} instead: they are {tuple(h.shape)} here."
             )
         given = {n: args[i] if i < len(args) else kwargs.get(n) for n, i in self.places.items()}
         mask = given.pop("attention_mask", None)
@@ -209,15 +219,30 @@ def _real(seen: Tensor) -> Tensor:
     return seen.diagonal(dim1=-2, dim2=-1) if seen.shape[-2] == seen.shape[-1] else seen[:, -1]
 
 
-def _last_called(name: str, block: nn.Module) -> tuple[str, nn.Module]:
-    """Return a block, or of one that only runs its children one by one the last of them."""
-    while isinstance(block, nn.Sequential):
+def _check_gradients(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None:
+    for parent in recomputing(model):
+        if {id(block) for _, block in chosen} & {id(m) for m in parent.modules()}:
+            raise TargetError(
+                f"{type(parent).__name__} runs its layers backwards by itself, past what is edited "
+                f"behind them, so no edit would learn: take a method that changes the weights "
+                f"inside them, such as `LoRA`."
+            )
+
+
+def _last_called(model: nn.Module, name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    """Return a block, or the last of its children where its own hooks are not run.
+
+    Some only run their children one by one, and of some `forward` is called by its name.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    unasked = calls_forward(cast(type, type(parent)))
+    while isinstance(block, nn.Sequential) or unasked:
         key, block = list(block.named_children())[-1]
-        name = f"{name}.{key}"
+        name, unasked = f"{name}.{key}", False
     return name, block
 
 
-def _width(block: nn.Module, output: nn.Module | None) -> int:
+def _width(block: nn.Module, output: nn.Module | None, said: Any) -> int:
     if isinstance(output, sublayers.CONVOLUTIONS):
         return sublayers.fan(output)[1]
-    return sublayers.stream_width(block)
+    return sublayers.stream_width(block, said)

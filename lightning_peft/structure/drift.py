@@ -1,4 +1,4 @@
-"""Which modules change buffers of their own while they train, or need an input with a gradient."""
+"""What modules do of their own: change buffers in training, run layers past autograd or hooks."""
 
 import functools
 import re
@@ -11,6 +11,8 @@ from lightning_peft.structure.anatomy import code_of, layers, source_of
 
 _NORM = nn.modules.batchnorm._NormBase
 _WRITTEN = re.compile(r"\bself\.(\w+)(?:\s*[-+*/]?=[^=]|\.\w+_\()")
+
+_BY_NAME = re.compile(r"(?<!super\(\))\.forward\(")
 
 
 def drifts(module: nn.Module) -> bool:
@@ -43,6 +45,13 @@ def recomputing(model: nn.Module) -> list[nn.Module]:
     stacks = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in layers(model)}
     parents = [model.get_submodule(name) for name in sorted(stacks)]
     return [parent for parent in parents if _applies_a_function(cast(type, type(parent)))]
+
+
+@functools.cache
+def calls_forward(cls: type) -> bool:
+    """Whether a class calls its children's `forward` by that name, past all of their hooks."""
+    code = code_of(getattr(cls, "forward", None))
+    return code is not None and bool(_BY_NAME.search(source_of(code)))
 
 
 @functools.cache

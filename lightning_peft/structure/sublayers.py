@@ -110,15 +110,22 @@ def fan(module: nn.Module) -> tuple[int, int]:
     return host.in_features, host.out_features
 
 
-def stream_width(block: nn.Module) -> int:
+def stream_width(block: nn.Module, said: int | None = None) -> int:
     """Return the width of the stream that runs through a layer, or 0 where nothing tells it.
 
     It is what most linear layers take or give. A norm counts twice, since the hidden width of a
     mixer may be as frequent; norms inside attention count only where there are no others.
+
+    Args:
+        block: the layer.
+        said: what the model calls its width, which holds for a layer with such a norm: most of a
+            layer may lie behind a bottleneck (MobileBERT).
     """
     inside = tuple(name for name, _ in _attentions("", block))
     norms = [(n, _length(m)) for n, m in anatomy.base_modules(block) if is_norm(m)]
     beside = [width for n, width in norms if not anatomy.under(n, inside)]
+    if said is not None and said in beside:
+        return said
     linear = [fan(m) for _, m in _linears("", block)]
     given = Counter(out for _, out in linear)
     votes = given + Counter(into for into, _ in linear)

@@ -1,13 +1,15 @@
 """The guard that stops a training before a step with a loss or a gradient that is not finite."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_peft.errors import NonFiniteError
+from lightning_peft.adapter import Adapter
+from lightning_peft.carrying.group import AdapterGroup
+from lightning_peft.errors import NonFiniteError, TargetError
 from lightning_peft.training import checkpoint as content
 
 
@@ -17,6 +19,20 @@ def is_watched(loss: Tensor, trainer: Any) -> bool:
     # that stops alone for its own loss leaves the others waiting. A loss in fp16 overflows when it
     # is scaled, which the scaler sees and mends.
     return trainer.world_size == 1 and loss.dtype != torch.float16
+
+
+def refuse_without_gradient(adapter: Adapter | AdapterGroup) -> NoReturn:
+    """Say that nothing which is trained has a part in the loss.
+
+    Raises:
+        TargetError: always.
+    """
+    trained = adapter.named_parameters()
+    raise TargetError(
+        f"the loss must depend on what is trained, but reaches none of the {len(trained):,} "
+        f"tensors, such as `{min(trained)}`: their modules do not run for these inputs, or run "
+        "without a gradient; take other targets or another method."
+    )
 
 
 def require_finite(module: Any, loss: Tensor | None, optimizer: Optimizer) -> None:

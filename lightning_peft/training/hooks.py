@@ -119,6 +119,8 @@ class PEFTHooks:
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember the loss, to be looked at once a step."""
         super().on_before_backward(loss)  # type: ignore[misc]
+        if not loss.requires_grad:
+            finite.refuse_without_gradient(self.peft_adapter)
         if self._peft_watch is not None:
             self._peft_watch.close()
             self._peft_watch.require_seen()

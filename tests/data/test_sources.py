@@ -182,6 +182,11 @@ def test_damaged_csv_is_refused_with_its_line(tmp_path, content, message):
         ('{"n": 18446744073709551616}\n', "a number as `n`, but has a number of more than 64 bits"),
         ('{"t": "a"}\n{"t": {"u": "\\ud800"}}\n{"t": {"u": "b"}}', "but `t` is a text in row 1"),
         ('{"t": "\\ud800"}\n', "a text as `t`, but has a text that is not UTF-8 in row 1"),
+        ('{"\\ud800": "a"}\n', "an object with a key that is not UTF-8 in line 1"),
+        (
+            '{"t": {"\\ud800": "a"}}\n',
+            "as `t`, but has an object with a key that is not UTF-8 in row",
+        ),
         (
             '{"t": []}\n{"t": ' + "[" * 60 + "]" * 60 + "}\n",
             "damaged in line 2: .* at most 50 deep",

@@ -6,6 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MobileBertConfig,
+    MobileBertForSequenceClassification,
+    SqueezeBertConfig,
+    SqueezeBertForSequenceClassification,
+)
 
 from lightning_peft import inject
 from lightning_peft.delta import SLOT
@@ -13,6 +21,7 @@ from lightning_peft.errors import AdapterError, ConfigError, TargetError
 from lightning_peft.methods.loreft import Edit, LoReFT, positions
 from tests.methods.adapters_oracle import IDS, model_of, stored
 from tests.oracles.filling import fill
+from tests.structure.test_drift import reformer
 
 Build = Callable[[str], Any]
 
@@ -147,6 +156,59 @@ def test_edits_every_position_of_any_layer(name: str, build: Build) -> None:
     assert not torch.allclose(example.logits(), base)
 
 
+def test_channels_are_told_from_a_grid_of_as_many_places() -> None:
+    """ConvNeXt's states are (batch, width, height, width of the grid), here 8 of each."""
+    config = ConvNextConfig(
+        num_channels=3, patch_size=2, depths=[1], hidden_sizes=[8], num_stages=1, num_labels=2
+    )
+    model = ConvNextForImageClassification(config).eval()
+    adapter = inject(model, LoReFT(), head=False)
+    randomise(adapter)
+    [(_, host, delta)] = adapter.deltas
+    kept: list[torch.Tensor] = []
+    host.register_forward_hook(lambda *seen: kept.append(seen[2]))
+    pixels = torch.randn(1, 3, 16, 16)
+    model(pixels)
+    with adapter.disabled():
+        model(pixels)
+    edited, h = kept
+    expected = delta.edit(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(edited, expected)
+
+
+TINY: dict[str, Any] = {
+    "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 20,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def mobile_bert() -> nn.Module:
+    """Nearly all of whose layers lies behind a bottleneck from 12 to 8."""
+    return MobileBertForSequenceClassification(
+        MobileBertConfig(hidden_size=12, embedding_size=8, intra_bottleneck_size=8, **TINY)
+    )
+
+
+def squeeze_bert() -> nn.Module:
+    """Whose encoder calls `layer.forward` by its name, past hooks."""
+    return SqueezeBertForSequenceClassification(
+        SqueezeBertConfig(hidden_size=8, embedding_size=8, **TINY)
+    )
+
+
+@pytest.mark.parametrize("make", [mobile_bert, squeeze_bert])
+def test_layers_with_peculiar_ways_are_edited(make: Callable[[], Any]) -> None:
+    model = make().train()
+    adapter = inject(model, LoReFT(), head=False)
+    model(input_ids=torch.arange(3, 8)[None]).logits.sum().backward()
+    assert len(adapter.deltas) == 2
+    first = {n: p.grad for n, p in adapter.named_parameters().items() if "0" in n.split(".")}
+    assert first
+    for name, gradient in first.items():
+        assert gradient is not None, name
+        assert gradient.any(), name
+
+
 def test_layers_choose(build: Build) -> None:
     adapter = inject(build("bert").model, LoReFT(layers=[-1]), head=False)
     assert [name for name, _, _ in adapter.deltas] == ["bert.encoder.layer.1"]
@@ -155,6 +217,8 @@ def test_layers_choose(build: Build) -> None:
 def test_refusals(build: Build) -> None:
     with pytest.raises(TargetError, match="no stack of layers"):
         inject(build("mlp").model, LoReFT())
+    with pytest.raises(TargetError, match="ReformerEncoder runs its layers backwards by itself"):
+        inject(reformer(), LoReFT())
     with pytest.raises(TargetError, match="`layers` must lie in"):
         inject(build("bert").model, LoReFT(layers=[2]))
     example = build("resnet")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lightning_peft import PEFT, Freeze, LoRA, load_adapter
-from lightning_peft.errors import ConfigError, NonFiniteError
+from lightning_peft.errors import ConfigError, NonFiniteError, TargetError
 from lightning_peft.methods import FullFineTuning
 from lightning_peft.training import finite
 from tests.lightning_modules import (
@@ -173,6 +173,21 @@ def test_a_non_finite_step_is_not_taken(how: str, accumulate: int, tmp_path: Pat
     assert changed(states[-1], module) == set()
     loaded = PEFT.load_from_checkpoint(Module, keep.best_model_path)
     assert changed(snapshot(loaded), module) == set()
+
+
+class Aside(Plain):
+    """Has a layer that no input reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.aside = nn.Linear(8, 3)
+        self.model.forward = self.model[:3].forward
+
+
+def test_a_loss_that_nothing_trained_has_a_part_in_is_refused(tmp_path: Path) -> None:
+    peft = PEFT(LoRA(targets="aside"), head=False)
+    with pytest.raises(TargetError, match=r"reaches none of the 2 tensors, such as `model.aside"):
+        trainer(tmp_path, peft).fit(Aside(), loader(), loader())
 
 
 def test_a_half_loss_and_gradients_under_a_scaler_are_left_to_it() -> None:

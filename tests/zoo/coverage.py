@@ -9,6 +9,8 @@ Results are written as they come; a run with the same `--resume` goes on where t
 
 import argparse
 import collections
+import copy
+import gc
 import json
 import queue
 import subprocess
@@ -192,15 +194,14 @@ def _cell(head: str, name: str, methods: Sequence[str]) -> dict[str, Any]:
     from tests.zoo.build import Unavailable, build
     from tests.zoo.trains import methods_of, trains
 
-    row: dict[str, Any] = {}
-    for method in methods:
-        try:
-            cell = build(head, name)
-        except Unavailable as error:
-            return {"unavailable": str(error)}
-        except Exception as error:
-            return _lost(methods, f"cannot be built: {type(error).__name__}: {error}")
-        row[method] = vars(trains(cell, methods_of(method)))
+    try:
+        cell = build(head, name)
+    except Unavailable as error:
+        return {"unavailable": str(error)}
+    except Exception as error:
+        return _lost(methods, f"cannot be built: {type(error).__name__}: {error}")
+    row = {m: vars(trains(copy.deepcopy(cell), methods_of(m))) for m in methods}
+    gc.collect()  # models are cycles
     return row
 
 

@@ -1,7 +1,6 @@
 """Whether methods train a model: what every pair of method and architecture is asked."""
 
 import copy
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_peft.config import instantiate
 from lightning_peft.delta import SLOT
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import Method
+from lightning_peft.methods.prefix_tuning import ProjectedKeys, Trunk
 from lightning_peft.structure.anatomy import head_parameters
 from tests.zoo.build import Cell, quiet
 
@@ -58,8 +58,6 @@ def trains(cell: Cell, methods: Sequence[Method]) -> Outcome:
             return Outcome("refused", f"{type(error).__name__}: {error}")
         except Exception as error:
             return Outcome("failed", f"{type(error).__name__}: {error}")
-        finally:
-            gc.collect()
 
 
 def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
@@ -69,6 +67,7 @@ def _trained(cell: Cell, methods: Sequence[Method]) -> Outcome:
     adapter = inject(cell.model, methods)
     moved = _step(cell, adapter)
     still = {name for name in adapter.named_parameters() if name not in moved | heads}
+    unreached |= _unused_trunks(cell.model, unreached)
     idle = tuple(sorted(n for n in still if {n, _host(n)} & unreached))
     wrong = [f"no gradient: {_some(still - set(idle))}"] if still - set(idle) else []
     if not moved - heads:
@@ -103,6 +102,22 @@ def _unreached(cell: Cell) -> set[str]:
         if parameter.grad is None or not parameter.grad.any():
             silent.add(name)
     return (owned - reached) | (simple - owned) | silent
+
+
+def _unused_trunks(model: nn.Module, unreached: set[str]) -> set[str]:
+    """Return the parameters of prefixes' trunks that serve nothing but unreached attention."""
+    used = {
+        id(trunk)
+        for name, keys in model.named_modules()
+        if isinstance(keys, ProjectedKeys) and _host(name) not in unreached
+        for trunk in keys.shared
+    }
+    return {
+        f"{name}.{parameter}"
+        for name, trunk in model.named_modules()
+        if isinstance(trunk, Trunk) and id(trunk) not in used
+        for parameter, _ in trunk.named_parameters()
+    }
 
 
 def _step(cell: Cell, adapter: Adapter) -> set[str]:
