@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 MARKET = "row_market"
 """Name in a batch of the numbers of the rows' markets, `(rows,)`."""
 
+_REFUSED = {
+    "streaming": "whose rows are counted.",
+    "by_length": "whose shares decide on the batches.",
+}
+
 _ROWS: Mapping[str, Any] = {TARGET: "lightning_peft.data.classification.ClassificationData"}
 
 
@@ -68,10 +73,9 @@ class MarketData(pl.LightningDataModule):
         place = {"path": path, "source": source}
         given = {name: value for name, value in place.items() if value is not None}
         self.rows: RowData = instantiate_as(RowData, {**rows, **given}, "data.rows")  # type: ignore[type-abstract]
-        if self.rows.loading.streaming:
-            raise ConfigError(
-                "`data.rows.streaming` must be false for several markets, whose rows are counted."
-            )
+        for name, reason in _REFUSED.items():
+            if getattr(self.rows.loading, name):
+                raise ConfigError(f"`data.rows.{name}` must be false for several markets, {reason}")
         self.rows.also = self
         self.market, self.temperature, self.in_turn = market, temperature, in_turn
         self._markets = tuple(markets) if markets is not None else None

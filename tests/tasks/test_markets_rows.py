@@ -180,5 +180,6 @@ def test_conversations_of_several_markets_share_no_row(
     data.setup("fit")
     with pytest.raises(ConfigError, match=r"set `data\.rows\.pack=false`"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match=r"`data\.rows\.streaming` must be false"):
-        built("texts", sources, tmp_path, streaming=True)
+    for name in ("streaming", "by_length"):
+        with pytest.raises(ConfigError, match=rf"`data\.rows\.{name}` must be false"):
+            built("texts", sources, tmp_path, **{name: True})
