@@ -225,7 +225,9 @@ class Bottleneck(Delta):
     def _add(self, h: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:
             return h + self._change(x.movedim(1, -1)).movedim(-1, 1).to(h.dtype)
-        return h + self._change(x).to(h.dtype)
+        change = self._change(x).to(h.dtype)
+        # Some experts give all sequences' tokens in one list (Llama 4), here those of the input.
+        return h + (change if change.dim() == h.dim() else change.reshape(h.shape))
 
     def _change(self, x: Tensor) -> Tensor:
         settings, z = self.settings, x

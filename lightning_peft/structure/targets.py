@@ -50,9 +50,11 @@ class Targets:
         if self.exclude or self.layers is not None:
             chosen = self._narrowed(model, chosen)
         if not chosen:
+            name = type(model).__name__
+            if self == Targets():
+                raise TargetError(f"{name} has nothing that this method changes: {what}.")
             raise TargetError(
-                f"{self} leaves no module of {type(model).__name__} to change; this method changes "
-                f"{what}."
+                f"{self} leaves no module of {name} to change; this method changes {what}."
             )
         return chosen
 

@@ -13,10 +13,11 @@ import copy
 import gc
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -27,6 +28,11 @@ ROOT = Path(__file__).parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 RECYCLE = 60
 """So many models run in one process, to bound its memory."""
+
+_NAMES = re.compile(r"\b[A-Z]\w*(?:Model|For|LMHead|coder)\w*\b|(?<=: )(?:\w+\.)+\w+.*")
+"""What differs between errors of one cause: names of classes, and of tensors to the end."""
+
+_LONGEST = 160
 
 Cell = tuple[str, str]
 Results = dict[str, dict[str, Any]]
@@ -48,29 +54,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def table(results: Results, wanted: Sequence[Cell], methods: Sequence[str]) -> str:
-    """Return the Markdown table: how many architectures of each head every method trains."""
-    lines = [f"| head | architectures | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
-    for head in dict.fromkeys(h for h, _ in wanted):
-        rows = [results.get(_key((h, n)), {}) for h, n in wanted if h == head]
-        built = [row for row in rows if "unavailable" not in row]
-        counts = [str(sum(_status(row, m) == "ok" for row in built)) for m in methods]
-        lines.append(f"| {head} | {len(built)} | {' | '.join(counts)} |")
+    """Return the Markdown table: how many architectures of each head every method trains.
+
+    Behind them, where there are any, those that it refuses, and those that fail.
+    """
+    heads = list(dict.fromkeys(head for head, _ in wanted))
+    rows = {
+        h: [row for row in _rows(results, wanted, h) if "unavailable" not in row] for h in heads
+    }
+    lines = [f"| method | {' | '.join(f'{h} ({len(rows[h])})' for h in heads)} |"]
+    lines += ["| --- |" + " ---: |" * len(heads)]
+    lines += [f"| {m} | {' | '.join(_count(rows[h], m) for h in heads)} |" for m in methods]
     return "\n".join(lines) + "\n"
 
 
+def _rows(results: Results, wanted: Sequence[Cell], head: str) -> list[dict[str, Any]]:
+    return [results.get(_key(cell), {}) for cell in wanted if cell[0] == head]
+
+
+def _count(rows: Sequence[dict[str, Any]], method: str) -> str:
+    counts = collections.Counter(_status(row, method) for row in rows)
+    beside = [f"{counts[s]} {s}" for s in ("refused", "failed") if counts[s]]
+    return f"{counts['ok']}" + (f" ({', '.join(beside)})" if beside else "")
+
+
 def report(results: Results, wanted: Sequence[Cell], methods: Sequence[str]) -> str:
-    """Return the refusals, failures and unavailable models, alike ones together."""
-    groups: dict[str, list[str]] = collections.defaultdict(list)
-    for head, name in wanted:
-        row = results.get(_key((head, name)), {})
+    """Return the failures, refusals and unavailable models, those of one cause together."""
+    groups: dict[str, dict[str, set[str]]] = collections.defaultdict(
+        lambda: collections.defaultdict(set)
+    )
+    for cell in wanted:
+        row = results.get(_key(cell), {})
         if "unavailable" in row:
-            groups[f"unavailable: {row['unavailable']}"].append(name)
+            groups[f"not built here: {row['unavailable']}"]["all"].add(cell[1])
         for method in methods:
             if _status(row, method) in ("refused", "failed"):
                 entry = row[method]
-                groups[f"{method} {entry['status']}: {entry['message']}"].append(name)
-    lines = [f"- {what}\n  ({len(names)}: {', '.join(names)})" for what, names in groups.items()]
-    return "\n".join(sorted(lines))
+                cause = _NAMES.sub("...", entry["message"].replace("\n", " "))[:_LONGEST]
+                groups[f"{entry['status']}: {cause}"][method].add(cell[1])
+    return "\n".join(_told(cause, by_method) for cause, by_method in sorted(groups.items()))
+
+
+def _told(cause: str, by_method: Mapping[str, set[str]]) -> str:
+    """Return a cause with its methods, those of the same architectures together."""
+    alike: dict[str, list[str]] = collections.defaultdict(list)
+    for method, names in by_method.items():
+        alike[", ".join(sorted(names))].append(f"`{method}`")
+    lines = [f"  - {', '.join(methods)}: {names}" for names, methods in alike.items()]
+    return "\n".join([f"- {cause}", *lines])
 
 
 def _parser() -> argparse.ArgumentParser:
