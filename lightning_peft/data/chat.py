@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_peft.data.bad_rows import SKIP
 from lightning_peft.data.chat_format import IGNORED, ChatFormat, Encoded
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.conversations import Turn, asked, fault, turns_of, unanswered
 from lightning_peft.data.origin import Origin
 from lightning_peft.data.packing import cut, packed
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import RowData
 from lightning_peft.data.splits import normalised
 from lightning_peft.data.texts import check_max_length, tokenised
 from lightning_peft.errors import ConfigError

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_peft.data.bad_rows import SKIP
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.data.pictures import PictureOrigin
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import RowData
 from lightning_peft.errors import ConfigError, DataError, near_misses
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_peft.data.bad_rows import SKIP
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.splits import normalised
 from lightning_peft.data.tags import fault, tags_of, to_bio, types_of
 from lightning_peft.data.texts import tokenised

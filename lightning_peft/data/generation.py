@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Self
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import RowData
 from lightning_peft.data.sources import FORMATS, bad_texts, require_columns
 from lightning_peft.data.text_pairs import EncodePairs, PairCollator, TextPairs
 from lightning_peft.data.texts import text_keys, tokenised

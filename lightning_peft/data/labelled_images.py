@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lightning_peft.data.bad_rows import SKIP
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.image_origin import ImageOrigin
 from lightning_peft.data.images import open_image, without_warnings
 from lightning_peft.data.labels import bad_labels, encode, infer_labels
 from lightning_peft.data.pixels import BYTES, Pixels, augmentations, settings_for, stacked
-from lightning_peft.data.rows import Choice, Loading, RowData
+from lightning_peft.data.rows import RowData
 from lightning_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

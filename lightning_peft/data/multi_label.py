@@ -4,8 +4,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.bad_rows import SKIP
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.sources import bad_texts
 from lightning_peft.data.texts import Tokenise, text_keys, tokenised
 from lightning_peft.data.tokenised import TokenisedData

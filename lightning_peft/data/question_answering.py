@@ -4,8 +4,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.bad_rows import SKIP
+from lightning_peft.data.choices import Choice, Loading
 from lightning_peft.data.origin import Origin
-from lightning_peft.data.rows import Choice, Loading
 from lightning_peft.data.splits import connected, grouped_split, normalised
 from lightning_peft.data.squad import answers_of
 from lightning_peft.data.texts import tokenised

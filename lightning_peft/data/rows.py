@@ -2,10 +2,9 @@
 
 import abc
 import copy
-import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.by_length import ByLength, lengths_of
+from lightning_peft.data.choices import Choice, Loading
+from lightning_peft.data.known import Place, RowCheck
 from lightning_peft.data.origin import SPLITS, Origin
 from lightning_peft.data.sharing import shared_order, shared_rows
 from lightning_peft.data.sources import require_columns
@@ -25,110 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _STAGES = dict(zip(SPLITS, ("fit", "fit", "test", "predict"), strict=True))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which rows are used, and for what.
-
-    Raises:
-        ConfigError: A number is out of its range.
-    """
-
-    validation: float = 0.1
-    """Share of the training rows to hold out where there is no validation split."""
-    test: float | None = None
-    """Share of the training rows to hold out where there is no test split; None draws none."""
-    seed: int = 0
-    """Seed of all draws."""
-    limit: int | None = None
-    """At most so many rows of each split; for trials."""
-    held_out: int | None = None
-    """At most so many rows of validation and of test, which generate texts or are else slow."""
-    shots: int | None = None
-    """At most so many training rows of each label."""
-    skip_bad_rows: bool = False
-    """Leave rows out that cannot be used, and count them, instead of stopping at the first."""
-
-    def __post_init__(self) -> None:
-        _at_least_one(limit=self.limit, held_out=self.held_out, shots=self.shots)
-        if self.test is not None and not 0 < self.test < 1 - self.validation:
-            raise ConfigError(
-                f"`test` must be a share that leaves rows beside `validation` ({self.validation}), "
-                f"but is {self.test} instead."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How batches are made.
-
-    Raises:
-        ConfigError: A number is out of its range.
-    """
-
-    batch_size: int = 32
-    """Rows in a batch."""
-    num_workers: int = 0
-    """Processes that load batches."""
-    by_length: bool = False
-    """Train on batches of like lengths, which have little padding."""
-    streaming: bool = False
-    """Leave the training rows where they are and read them block by block, again in each epoch."""
-
-    def __post_init__(self) -> None:
-        _at_least_one(batch_size=self.batch_size)
-        if self.streaming and self.by_length:
-            raise ConfigError("`by_length` must be false with `streaming`, but is true.")
-
-
-class Place(Protocol):
-    """Where rows come from; `Origin` for most tasks."""
-
-    def name(self, split: str) -> str:
-        """Return what a person calls the place that the rows of a split come from."""
-
-    def prepare(self) -> None:
-        """Download what is not on this machine."""
-
-    def read(self, split: str, bad: BadRows) -> "Dataset | None":
-        """Read the rows of a split; None where there is none.
-
-        Raises:
-            DataError: A file is missing or damaged, or a row is, unless `bad` leaves it out.
-        """
-
-
-class RowCheck(Protocol):
-    """What a row must have besides what its task asks for."""
-
-    def columns(self, split: str, rows: "Dataset") -> dict[str, str | None]:
-        """Return the columns that rows must have, by the setting that names each."""
-
-    def problems(self, split: str, rows: "Dataset", number: Callable[[int], int]) -> dict[int, str]:
-        """Return what is wrong with rows, by their index; see `RowData.problems`."""
-
-
-@runtime_checkable
-class KnownSplits(Protocol):
-    """A data module that knows which splits it has."""
-
-    def has_split(self, split: str) -> bool:
-        """Whether there are rows for `split`: train, validation, test or predict."""
-
-
-@runtime_checkable
-class KnownRows(KnownSplits, Protocol):
-    """A data module that knows its rows one by one."""
-
-    def inputs(self, split: str) -> list[Any]:
-        """Return what the model reads of each row of a split, as a person knows it."""
-
-    def targets(self, split: str) -> list[Any]:
-        """Return what is right for each row of a split."""
-
-    def predict_rows(self) -> list[dict[str, Any]]:
-        """Return the rows to predict as they were read, in the order of the predictions."""
 
 
 class RowData(pl.LightningDataModule, abc.ABC):
@@ -444,9 +341,3 @@ class RowData(pl.LightningDataModule, abc.ABC):
                 f"Left out {len(bad.reasons):,} rows of {self.origin.name(split)} that cannot "
                 f"be used. The first: {bad.reasons[0]}"
             )
-
-
-def _at_least_one(**settings: int | None) -> None:
-    for setting, value in settings.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"`{setting}` must be at least 1, but is {value} instead.")

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import instantiate
-from lightning_peft.data.rows import KnownRows, KnownSplits
+from lightning_peft.data.known import KnownRows, KnownSplits
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files.last_checkpoint import last_checkpoint
 from lightning_peft.jobs.run_folder import RunFolder

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from lightning_peft.callbacks import progress_bar
 from lightning_peft.config import TARGET, find_target
-from lightning_peft.data.rows import KnownRows
+from lightning_peft.data.known import KnownRows
 from lightning_peft.errors import ConfigError
 from lightning_peft.jobs import judging
 from lightning_peft.jobs.beside import Beside, by_name
