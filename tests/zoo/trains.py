@@ -17,6 +17,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.method import Method
 from lightning_peft.methods.prefix_tuning import ProjectedKeys, Trunk
 from lightning_peft.structure.anatomy import head_parameters
+from lightning_peft.training.finite import refuse_without_gradient
 from tests.zoo.build import Cell, quiet
 
 CONFIGURATIONS = Path(__file__).parents[2] / "conf" / "method"
@@ -127,7 +128,10 @@ def _step(cell: Cell, adapter: Adapter) -> set[str]:
     cell.model.train()
     for _ in range(STEPS):
         optimizer.zero_grad()
-        cell.loss().backward()
+        loss = cell.loss()
+        if not loss.requires_grad:
+            refuse_without_gradient(adapter)
+        loss.backward()
         named = adapter.named_parameters().items()
         moved |= {n for n, p in named if p.grad is not None and bool(p.grad.any())}
         optimizer.step()
