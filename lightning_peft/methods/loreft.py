@@ -236,10 +236,17 @@ def _last_called(model: nn.Module, name: str, block: nn.Module) -> tuple[str, nn
     """
     parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
     unasked = calls_forward(cast(type, type(parent)))
-    while isinstance(block, nn.Sequential) or unasked:
+    while unasked or _only_runs_children(block):
         key, block = list(block.named_children())[-1]
         name, unasked = f"{name}.{key}", False
     return name, block
+
+
+def _only_runs_children(block: nn.Module) -> bool:
+    children = list(block.children())
+    return isinstance(block, nn.Sequential | nn.ModuleList) or (
+        len(children) == 1 and isinstance(children[0], nn.ModuleList)
+    )
 
 
 def _width(block: nn.Module, output: nn.Module | None, said: Any) -> int:

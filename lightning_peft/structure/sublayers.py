@@ -131,7 +131,8 @@ def stream_width(block: nn.Module, said: int | None = None) -> int:
     votes = given + Counter(into for into, _ in linear)
     for width in beside or [width for _, width in norms]:
         votes[width] += 2
-    return max(votes, key=lambda width: (votes[width], given[width], width), default=0)
+    ends = {linear[0][0]} & {linear[-1][1]} if linear else set()  # what goes in and comes out
+    return max(votes, key=lambda w: (votes[w], given[w], w in ends, w), default=0)
 
 
 def is_norm(module: nn.Module) -> bool:
