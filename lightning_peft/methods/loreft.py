@@ -243,10 +243,12 @@ def _last_called(model: nn.Module, name: str, block: nn.Module) -> tuple[str, nn
 
 
 def _only_runs_children(block: nn.Module) -> bool:
+    if isinstance(block, nn.Sequential | nn.ModuleList):
+        return True
     children = list(block.children())
-    return isinstance(block, nn.Sequential | nn.ModuleList) or (
-        len(children) == 1 and isinstance(children[0], nn.ModuleList)
-    )
+    is_list = len(children) == 1 and isinstance(children[0], nn.ModuleList)
+    # The blocks of T5 hold a list too, but are given masks and caches beside the states.
+    return is_list and len(inspect.signature(type(block).forward).parameters) == 2
 
 
 def _width(block: nn.Module, output: nn.Module | None, said: Any) -> int:
