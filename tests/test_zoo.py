@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft import LoRA
 from tests.zoo import HEADS, Unavailable, architectures, build, cells, methods_of, trains
 from tests.zoo.build import quiet
-from tests.zoo.coverage import METHODS, report, table
+from tests.zoo.coverage import METHODS, report, table, total
 
 NOT_YET = ("MambaForCausalLM", "Gemma3ForConditionalGeneration")
 """Methods and architectures that the sample leaves out."""
@@ -101,6 +101,8 @@ def test_the_table_counts_what_trains_and_the_report_says_why_not() -> None:
     told = table(results, wanted, ["lora"])
     assert "| method | seq2seq (3) |" in told
     assert "| lora | 1 (1 refused, 1 failed) |" in told
+    told = total(results, wanted, ["lora"])
+    assert told.startswith("Of 3 cells 1 train, 1 are refused")
     told = report(results, wanted, ["lora"])
     for words in ("refused: no tokens", "failed: no gradient: x", "not built here: needs natten"):
         assert f"- {words}\n" in told

@@ -29,10 +29,13 @@ METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")
 RECYCLE = 60
 """So many models run in one process, to bound its memory."""
 
-_NAMES = re.compile(r"\b[A-Z]\w*(?:Model|For|LMHead|coder)\w*\b|(?<=: )(?:\w+\.)+\w+.*")
-"""What differs between errors of one cause: names of classes, and of tensors to the end."""
+_NAMES = re.compile(
+    r"\b[A-Z]\w*(?:Model|For|LMHead|coder)\w*\b|`(?:\w+\.)+\w+`|(?<=: )(?:\w+\.)+\w+.*"
+    r"|\d[\d,]* tensors, such as .*(?=: their)|\(\d+x\d+ and \d+x\d+\)"
+)
+"""What differs between errors of one cause: names of classes and of tensors, and shapes."""
 
-_LONGEST = 160
+_LONGEST, _MOST = 240, 40
 
 Cell = tuple[str, str]
 Results = dict[str, dict[str, Any]]
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [cell for cell in wanted if _methods_left(results, cell, options.methods)]
     _run(missing, results, options, path)
     print(table(results, wanted, options.methods))
+    print(total(results, wanted, options.methods))
     print(report(results, wanted, options.methods))
 
 
@@ -78,6 +82,18 @@ def _count(rows: Sequence[dict[str, Any]], method: str) -> str:
     return f"{counts['ok']}" + (f" ({', '.join(beside)})" if beside else "")
 
 
+def total(results: Results, wanted: Sequence[Cell], methods: Sequence[str]) -> str:
+    """Return how all cells of what could be built went, in a sentence."""
+    rows = [results.get(_key(cell), {}) for cell in wanted]
+    counts = collections.Counter(
+        _status(row, m) for row in rows if "unavailable" not in row for m in methods
+    )
+    return (
+        f"Of {sum(counts.values()):,} cells {counts['ok']:,} train, {counts['refused']:,} are "
+        f"refused by an error that says why, and {counts['failed']:,} fail.\n"
+    )
+
+
 def report(results: Results, wanted: Sequence[Cell], methods: Sequence[str]) -> str:
     """Return the failures, refusals and unavailable models, those of one cause together."""
     groups: dict[str, dict[str, set[str]]] = collections.defaultdict(
@@ -99,7 +115,9 @@ def _told(cause: str, by_method: Mapping[str, set[str]]) -> str:
     """Return a cause with its methods, those of the same architectures together."""
     alike: dict[str, list[str]] = collections.defaultdict(list)
     for method, names in by_method.items():
-        alike[", ".join(sorted(names))].append(f"`{method}`")
+        shown, more = sorted(names)[:_MOST], len(names) - _MOST
+        beside = [f"and {more} more"] if more > 0 else []
+        alike[", ".join([*shown, *beside])].append(f"`{method}`")
     lines = [f"  - {', '.join(methods)}: {names}" for names, methods in alike.items()]
     return "\n".join([f"- {cause}", *lines])
 
