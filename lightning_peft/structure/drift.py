@@ -11,8 +11,8 @@ from lightning_peft.structure.anatomy import code_of, layers, source_of
 
 _NORM = nn.modules.batchnorm._NormBase
 _WRITTEN = re.compile(r"\bself\.(\w+)(?:\s*[-+*/]?=[^=]|\.\w+_\()")
-
-_BY_NAME = re.compile(r"(?<!super\(\))\.forward\(")
+_BY_NAME = re.compile(r"(?<![.\w])(?!self\b)[a-z_]\w*\.forward\(")
+"""A call like `layer.forward(...)`, but not of `super()` or of an attribute."""
 
 
 def drifts(module: nn.Module) -> bool:

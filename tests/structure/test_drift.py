@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import Freeze, LoRA, inject
-from lightning_peft.structure.drift import drifts, recomputing
+from lightning_peft.structure.drift import calls_forward, drifts, recomputing
 
 
 class Ranges(nn.Module):
@@ -133,3 +133,21 @@ def test_what_a_module_made_of_trained_weights_is_made_anew(leave: str) -> None:
         else:
             with adapter.disabled():
                 assert torch.equal(model(x), base)
+
+
+class Loop(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.children():
+            x = layer.forward(x)
+        return x
+
+
+class Outer(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super(nn.Linear, self).forward(x) + super().forward(x)
+
+
+def test_a_call_of_forward_by_its_name_is_told_from_one_of_the_base_class() -> None:
+    assert calls_forward(Loop)
+    assert not calls_forward(Outer)
+    assert not calls_forward(nn.Sequential)
