@@ -61,6 +61,9 @@ class Delta(nn.Module):
     merges_shared: ClassVar[bool] = False
     """Whether the method has changed all modules that share the host's weight alike."""
 
+    sums: ClassVar[bool] = False
+    """Whether it reweighs a plain linear layer, and that in the layer's own forward pass alone."""
+
     def before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
@@ -182,10 +185,8 @@ def attach(module: nn.Module, name: str, delta: Delta) -> Slot:
         raise AdapterError(f"A {type(module).__name__} already carries a delta `{name}`.")
     if type(delta).before is not Delta.before and _before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_before, with_kwargs=True)
-    if type(delta).reweigh is not Delta.reweigh and not isinstance(module, _Reweighed):
-        once = isinstance(module, nn.Linear)
-        mixins = (_Reweighed,) if once else (_Remembering, _Reweighed)
-        module.__class__ = subclass(cast(type, type(module)), *mixins)
+    if type(delta).reweigh is not Delta.reweigh:
+        _let_reweigh(module, delta)
     if type(delta).attend is not Delta.attend and not any(map(_attends, mixins_of(type(module)))):
         from lightning_peft.deltas.attention import route  # which knows deltas itself
 
@@ -266,6 +267,24 @@ class _Reweighed:
         return value
 
 
+class Summing:
+    """Mixin of a linear layer that says when its forward pass is the one that reads its weight."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        outer, _READ.host = getattr(_READ, "host", None), self
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _READ.host = outer
+
+
+def in_forward(host: nn.Module) -> bool:
+    """Whether the forward pass of a layer is what reads its weight; a compiler sees no other."""
+    return torch.compiler.is_compiling() or getattr(_READ, "host", None) is host
+
+
 class _Remembering:
     """Mixin of a host that reads a parameter many times in one pass: it is changed once."""
 
@@ -288,8 +307,20 @@ class _Remembering:
         return weights[key]
 
 
+_READING = {_Reweighed, _Remembering, Summing}
 _READ = threading.local()
-"""What has been read in the forward pass that a thread is in."""
+"""What has been read in the forward pass that a thread is in, and by which summing layer."""
+
+
+def _let_reweigh(module: nn.Module, delta: Delta) -> None:
+    linear = isinstance(module, nn.Linear)
+    if delta.sums and not isinstance(module, Summing):
+        if type(module).forward is not nn.Linear.forward:
+            return
+        module.__class__ = subclass(cast(type, type(module)), Summing)
+    if not isinstance(module, _Reweighed):
+        mixins = (_Reweighed,) if linear else (_Remembering, _Reweighed)
+        module.__class__ = subclass(cast(type, type(module)), *mixins)
 
 
 def _attends(mixins: tuple[type, ...]) -> bool:
@@ -312,7 +343,7 @@ def _open(module: nn.Module) -> Slot:
 def _close(module: nn.Module) -> None:
     del module._modules[SLOT]
     for mixins in mixins_of(type(module)):
-        if {*mixins} <= {_Reweighed, _Remembering} or _attends(mixins):  # what `attach` put there
+        if {*mixins} <= _READING or _attends(mixins):  # what `attach` put there
             module.__class__ = without(type(module), *mixins)
     pre, post = module._forward_pre_hooks, module._forward_hooks
     for key in [key for key, hook in pre.items() if hook is _before]:

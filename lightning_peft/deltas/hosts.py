@@ -44,7 +44,7 @@ def deltas_for(
 def _delta_for(host: Any, make: Callable[[Site, Tensor], Product], read: bool) -> Delta:
     names = ["weight"] if read else anatomy.read_weights(host)
     if not names:
-        return make(site_of(host), host.weight)
+        return make(site_of(host), host._parameters["weight"])
     turned = getattr(host, "is_transposed", False)
     weights: dict[str, Tensor] = {name: host._parameters[name] for name in names}
     return Parts({n: make(Site(tuple(w.shape), turned), w) for n, w in weights.items()})

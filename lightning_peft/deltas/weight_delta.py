@@ -6,7 +6,8 @@ The weight is seen as a matrix `(out, in)`: that of a Linear as it is, that of t
 `Conv1D` and of an embedding transposed, that of a convolution with its filters flattened, those of
 fused experts one below the other. ΔW x is added to the output, not ΔW to the weight: in half
 precision most of a small change would round to nothing, and a quantised weight cannot be added to.
-Only to a weight that is read as a tensor is ΔW itself added.
+ΔW itself is added to a weight that is read as a tensor, and, where ΔW has no product with x that
+costs less than W's, to a linear layer's weight of full precision.
 """
 
 import math
@@ -19,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.delta import Delta, NotMergeable
+from lightning_peft.delta import Delta, NotMergeable, Summing, in_forward
 from lightning_peft.deltas.hosts import deltas_for
 from lightning_peft.deltas.low_rank import Site, fresh
 from lightning_peft.deltas.passing import first_input
 from lightning_peft.deltas.sites import Kernel, Table
 from lightning_peft.structure.anatomy import is_linear
 
+_FULL = (torch.float32, torch.float64)
 _SHARED: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
 
 
@@ -99,6 +101,34 @@ class WeightDelta(Delta, ABC):
         if isinstance(self.site, Kernel):
             return host._conv_forward(x, self.site.fold(matrix), None)
         return F.linear(x, matrix)
+
+
+class DenseDelta(WeightDelta, ABC):
+    """A change whose product with x costs as much as the weight's own.
+
+    A linear layer of full precision reads W + ΔW: three matrix products a step, forward and
+    backward, where W x + ΔW x takes five.
+    """
+
+    sums = True
+
+    def reweigh(self, host: nn.Module, name: str, weight: Tensor) -> Tensor:
+        """Return `W + ΔW` where the sum loses nothing; ΔW is that of the host's own weight."""
+        if name != "weight" or not in_forward(host) or not self._sums(host):
+            return weight
+        change = self.change(self.matrix(own(host, name))).view(self.site.matrix_shape)
+        return weight + self.site.fold(change).to(weight.dtype)
+
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return the output, which has the change already, or `output + ΔW x`."""
+        return output if self._sums(host) else super().forward(host, args, kwargs, output)
+
+    def _sums(self, host: nn.Module) -> bool:
+        weight, drops = own(host, "weight"), self.training and self.dropout is not None
+        full = weight.dtype in _FULL and not torch.is_autocast_enabled(weight.device.type)
+        return full and not drops and isinstance(host, Summing)
 
 
 class DerivedDelta(WeightDelta, ABC):

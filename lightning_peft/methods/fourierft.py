@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.hosts import find_hosts
 from lightning_peft.deltas.low_rank import Site, check_finite
-from lightning_peft.deltas.weight_delta import DerivedDelta, shared, trained, weight_deltas
+from lightning_peft.deltas.weight_delta import (
+    DenseDelta,
+    DerivedDelta,
+    shared,
+    trained,
+    weight_deltas,
+)
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns, Targets
@@ -62,7 +68,7 @@ class FourierFT(Method):
         return weight_deltas(model, hosts, lambda site, like: Spectrum(site, like, self))
 
 
-class Spectrum(DerivedDelta):
+class Spectrum(DenseDelta, DerivedDelta):
     """The change of one host.
 
     Shapes: `fourierft_spectrum` `(n,)`; `places` `(n,)`, indices into the spectrum `(out, in)` row

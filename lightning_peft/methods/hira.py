@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.delta import Delta
 from lightning_peft.deltas.hosts import find_hosts, has_matrix
 from lightning_peft.deltas.low_rank import Site
-from lightning_peft.deltas.weight_delta import WeightDelta, trained, weight_deltas
+from lightning_peft.deltas.weight_delta import DenseDelta, trained, weight_deltas
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
 from lightning_peft.structure.targets import Patterns, Targets
@@ -57,7 +57,7 @@ class HiRA(Method):
         )
 
 
-class Rescaled(WeightDelta):
+class Rescaled(DenseDelta):
     """The change of one host.
 
     Shapes: `hira_A` `(r, in)`, `hira_B` `(out, r)`.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.delta import Delta
@@ -21,7 +22,6 @@ from lightning_peft.deltas.low_rank import Site
 from lightning_peft.deltas.weight_delta import DerivedDelta, shared, trained, weight_deltas
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
-from lightning_peft.ops.low_rank import add_low_rank
 from lightning_peft.structure.targets import Patterns, Targets
 
 
@@ -115,8 +115,11 @@ class ScaledProjections(DerivedDelta):
         return b @ a
 
     def add(self, weight: Tensor, x: Tensor, output: Tensor) -> Tensor:
-        """Return `output + Λ_b B Λ_d A x`."""
-        return add_low_rank(output, x, *self.factors(), 1.0)
+        """Return `output + Λ_b B Λ_d A x`, without a gradient as large as A or B."""
+        d, b = self.vera_lambda_d.to(x.dtype), self.vera_lambda_b.to(output.dtype)
+        hidden = F.linear(x, self.down[:, : self.width].to(x.dtype)) * d
+        wide = F.linear(hidden.to(output.dtype), self.up[: len(b)].to(output.dtype))
+        return torch.addcmul(output, wide, b)
 
 
 def _projection_in(seed: int, r: int, out: int, into: int, dtype: torch.dtype) -> Tensor:

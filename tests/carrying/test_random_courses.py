@@ -79,6 +79,7 @@ class Course:
         self.dice = random.Random(seed)
         torch.manual_seed(seed)
         self.model: nn.Module = Net().double().eval()
+        self.merged: set[str] = set()
         self.base = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.x = torch.randn(ROWS, 6, dtype=torch.double)
         self.entries: dict[str, Entry] = {}
@@ -204,6 +205,7 @@ class Course:
         self.base |= {own: entry.values[own].clone() for own in entry.adapter.in_place}
         for weight, change in entry.changes().items():
             self.base[weight] += change
+            self.merged.add(weight)
 
     def disable(self) -> None:
         name = self.some()
@@ -266,6 +268,10 @@ def close(output: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
+def exactly(value: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("seed", range(COURSES))
 def test_the_outputs_are_those_of_what_acts_after_every_step(seed: int) -> None:
     course = Course(seed)
@@ -276,6 +282,9 @@ def test_the_outputs_are_those_of_what_acts_after_every_step(seed: int) -> None:
             raise AssertionError(f"after {', '.join(course.steps)}: {error}") from error
     for name in list(course.entries):
         course.entries.pop(name).adapter.remove()
-    assert all(torch.equal(p, course.base[n]) for n, p in course.model.named_parameters())
+    for own, parameter in course.model.named_parameters():
+        # What was merged was added up here too, and rounds otherwise on some processors.
+        same = close if own in course.merged else exactly
+        same(parameter, course.base[own])
     assert type(course.model) is Net
     assert list(course.model.state_dict()) == list(course.base)
