@@ -142,10 +142,12 @@ def test_outputs_and_gradients_equal_pefts(case: str, build: Build) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-7, atol=1e-12)
     for each in (output, expected):
         each.square().mean().backward()
+    # Softmax takes no notice of a bias of the keys, whose gradient is what rounding leaves.
+    rounding = 1e-15 * max(float(named[key].grad.abs().max()) for key in trainable)
     for key, parameter in trainable.items():
         assert parameter.grad is not None, key
         scale = named[key].grad.abs().max()
-        assert (parameter.grad - named[key].grad).abs().max() <= 1e-7 * scale, key
+        assert (parameter.grad - named[key].grad).abs().max() <= 1e-7 * scale + rounding, key
         assert scale > 0, key
     base, unchanged = example.logits(build(name).model.double()), output.detach()
     assert not torch.allclose(base, unchanged, rtol=1e-3)

@@ -103,7 +103,8 @@ def test_attention_of_torch_starts_as_the_base_learns_and_merges(name: str, buil
     example = build(name)
     base = example.logits()
     adapter = inject(example.model, LoRA(targets=["self_attn", "out_proj"], r=4), head=False)
-    assert torch.equal(example.logits(), base)
+    # The base takes torch's fast path, whose fused kernels round otherwise on some processors.
+    torch.testing.assert_close(example.logits(), base, rtol=1e-5, atol=1e-6)
     example.model.train()
     example.train(adapter.parameters())
     example.model.eval()

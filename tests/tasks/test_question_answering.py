@@ -201,7 +201,7 @@ def test_other_models_learn_with_lora(task, rows, build_model):
             parameter.requires_grad_()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     first = task.step(model, batch).loss
-    for _ in range(40):
+    for _ in range(120):
         optimizer.zero_grad()
         loss = task.step(model, batch).loss
         loss.backward()
