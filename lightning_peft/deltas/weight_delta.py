@@ -127,8 +127,9 @@ class DenseDelta(WeightDelta, ABC):
 
     def _sums(self, host: nn.Module) -> bool:
         weight, drops = own(host, "weight"), self.training and self.dropout is not None
-        full = weight.dtype in _FULL and not torch.is_autocast_enabled(weight.device.type)
-        return full and not drops and isinstance(host, Summing)
+        if weight.dtype not in _FULL or drops or not isinstance(host, Summing):
+            return False
+        return weight.is_meta or not torch.is_autocast_enabled(weight.device.type)
 
 
 class DerivedDelta(WeightDelta, ABC):

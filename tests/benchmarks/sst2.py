@@ -9,9 +9,11 @@ began with learn from all rows and are run with each seed, the others from a par
 
 A method's learning rate is the one of a grid that gives the lowest loss on the development rows,
 after as many steps as are taken in the end: of fewer steps the highest rates win, which then
-collapse. A best rate at the grid's edge widens it. The head has the rate of the method's YAML,
-where that gives it one. The rival has the same rates: what it computes is the same
-(`tests/methods/test_*_parity.py`). The test rows score what has been chosen.
+collapse. A best rate at the grid's edge widens it. With several seeds the mean decides: the rate
+that is in front is given one seed more, until the one in front has all of them. The head has the
+rate of the method's YAML, where that gives it one. The rival has the same rate, since it computes
+the same (`tests/methods/test_*_parity.py`), except where it starts from vectors of another size:
+there one is chosen for it likewise. The test rows score what has been chosen.
 
 A training is a process of its own (so that its peak of memory is its own) with one thread. What it
 gave is added to `results/sst2.jsonl` as soon as it ends, and what is there is not run again, on
@@ -45,6 +47,8 @@ HEAD = (
     "| method | by | rate | seeds | dev | test | trained | peak MB | CPU s | bytes |\n"
     "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
+APART = ("prefix", "p_tuning_v2", "prompt", "p_tuning")
+"""The methods whose rival starts from vectors of another size, and so wants another rate."""
 WITHOUT = ("fusion",)
 """It needs trained adapters of other tasks."""
 
@@ -100,22 +104,29 @@ class Bench:
 
     def contest(self, method: str, seeds: list[int]) -> None:
         """Choose a rate for a method; train it and its rival with each seed."""
-        lr = self.chosen(method, seeds[0])
+        lr = self.chosen("ours", method, seeds)
         rival = rival_of(method)
         if rival == "adapters" and not self.adapters:
             print(f"{method}: adapters has it, but --adapters was not given", file=sys.stderr)
-            rival = None
-        for seed in seeds:
-            for who in filter(None, ("ours", rival)):
-                self.trained(asked(who, method, lr, seed))
+        elif rival:
+            lr = self.chosen(rival, method, seeds) if method in APART else lr
+            for seed in seeds:
+                self.trained(asked(rival, method, lr, seed))
 
-    def chosen(self, method: str, seed: int) -> float:
-        """Return the rate with the lowest loss on the development rows."""
-        tried: dict[float, float] = {}
+    def chosen(self, who: str, method: str, seeds: list[int]) -> float:
+        """Return the rate with the lowest mean loss, of those that are worth all seeds."""
+        tried: dict[float, list[float]] = {}
+
+        def try_one(lr: float) -> None:
+            losses = tried.setdefault(lr, [])
+            losses.append(loss(self.trained(asked(who, method, lr, seeds[len(losses)]))))
+
         while new := [lr for lr in around(method, tried) if lr not in tried]:
             for lr in new:
-                tried[lr] = loss(self.trained(asked("ours", method, lr, seed)))
-        return min(tried, key=lambda lr: tried[lr])
+                try_one(lr)
+        while len(tried[best := lowest(tried)]) < len(seeds):
+            try_one(best)
+        return best
 
     def trained(self, run: Run) -> Run:
         """Return what a training gave, from the file or by running it."""
@@ -162,12 +173,17 @@ def asked(who: str, method: str, lr: float, seed: int) -> Run:
     return run | {"optimizer": optimizer, "settings": settings}
 
 
-def around(method: str, tried: dict[float, float]) -> list[float]:
+def around(method: str, tried: dict[float, list[float]]) -> list[float]:
     """Return the rates of the grid next to the method's own, or next to the best that was tried."""
     own = yaml.safe_load((CONF / f"{method}.yaml").read_text("utf-8"))["optimizer"]["lr"]
-    middle = min(tried, key=lambda lr: tried[lr]) if tried else float(own)
+    middle = lowest(tried) if tried else float(own)
     nearest = min(range(len(GRID)), key=lambda i: abs(GRID[i] / middle - middle / GRID[i]))
     return list(GRID[max(0, nearest - 1) : nearest + 2])
+
+
+def lowest(tried: dict[float, list[float]]) -> float:
+    """Return the rate with the lowest mean loss."""
+    return min(tried, key=lambda lr: statistics.mean(tried[lr]))
 
 
 def loss(run: Run) -> float:
@@ -202,12 +218,22 @@ def table(results: Results, methods: list[str]) -> str:
 def lines(results: Results, method: str) -> Iterator[str]:
     """Return the rows of a method with the rate that was chosen, if it was trained."""
     runs = [run for run in results.found if run["method"] == method and current(run)]
-    first = [run for run in runs if run["who"] == "ours" and run["seed"] == runs[0]["seed"]]
-    best = min(first, key=loss)["optimizer"]["lr"] if first else None
+    lr = None
     for who in ("ours", "peft", "adapters"):
-        rated = [r for r in runs if (r["who"], r["optimizer"]["lr"]) == (who, best)]
-        if rated:
+        own = [run for run in runs if run["who"] == who]
+        if who == "ours" or method in APART:
+            lr = best_of(own) if own else None
+        if rated := [run for run in own if run["optimizer"]["lr"] == lr]:
             yield line(who, method, rated)
+
+
+def best_of(runs: list[Run]) -> float:
+    """Return the rate with the lowest mean loss, of those with the most seeds."""
+    tried: dict[float, list[float]] = {}
+    for run in runs:
+        tried.setdefault(run["optimizer"]["lr"], []).append(loss(run))
+    most = max(map(len, tried.values()))
+    return lowest({lr: losses for lr, losses in tried.items() if len(losses) == most})
 
 
 def current(run: Run) -> bool:

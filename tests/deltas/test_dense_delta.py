@@ -141,3 +141,9 @@ def test_a_compiled_model_computes_the_same(method: str) -> None:
     x = torch.randn(4, 8)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@every
+def test_runs_on_the_meta_device(method: str) -> None:
+    model, _ = tuned(method)
+    assert model.to("meta")(torch.empty(4, 8, device="meta")).shape == (4, 6)
